@@ -1,0 +1,146 @@
+"""What every experiment does around its own code: flags, one-line errors, JSON reports."""
+
+import datetime
+import errno
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any, Literal
+
+from absl import app, flags
+
+from moejax.core.errors import InputError
+
+JSON = flags.DEFINE_string("json", None, "where to write the report of this run, as JSON")
+SET = flags.DEFINE_multi_string("set", [], "config override such as model.num_experts=64")
+Rung = Literal["numerics", "schedule", "time", "simulated"]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags strictly and runs `main`; wrong input ends in one line and status 2."""
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            if len(argv) > 1:
+                raise InputError(f"unexpected argument {argv[1]!r}; every option is a --flag")
+            main()
+        except InputError as error:
+            _fail(str(error))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _fail(f"no free disk space for {error.filename or 'output'}: {error.strerror}")
+            if error.filename is not None:
+                _fail(f"{error.filename}: {error.strerror}")
+            raise
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(" ".join(str(error).split()))
+        raise
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` under a temporary name beside `path`, then renames it."""
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def check_writable(path: str | None) -> None:
+    """Fails now, not after minutes of work, when the folder of `path` cannot be written."""
+    if path is None:
+        return
+    folder = pathlib.Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {path}: {folder} is not a writable folder")
+    if pathlib.Path(path).is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+
+
+def report(name: str, rung: Rung, figures: dict[str, Any], *, device: str | None = None) -> dict:
+    """The record of a run: its figures, and what they were measured on."""
+    return {
+        "name": name,
+        "rung": rung,
+        "device": device or _device(),
+        "versions": _versions(),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m " + " ".join([_module(), *sys.argv[1:]]),
+        "figures": figures,
+    }
+
+
+def write_report(name: str, rung: Rung, figures: dict[str, Any], **kwargs: Any) -> dict:
+    """Builds the report and writes it to `--json`, when given."""
+    record = report(name, rung, figures, **kwargs)
+    if JSON.value:
+        write_text(JSON.value, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else pathlib.Path(sys.argv[0]).stem
+
+
+def _device() -> str:
+    import jax
+
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = f"{device.device_kind} ({platform.machine()}, {cores} cores)"
+    return kind if device.platform == "cpu" else device.device_kind
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "libtpu"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str:
+    """Commit of the checkout, with `+` when it has uncommitted changes."""
+    here = pathlib.Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True)
+        dirty = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() + ("+" if dirty.strip() else "")

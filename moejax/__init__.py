@@ -1,0 +1,1 @@
+"""moejax: mixture-of-experts models in JAX."""

@@ -1,0 +1,1 @@
+"""Shared structs, meshes, memory kinds, config overlays and version shims."""

@@ -1,0 +1,33 @@
+"""Eight CPU devices and strict numerics for every test."""
+
+import os
+
+# Eight host devices on two cores can deadlock in collectives unless the thread pool is larger.
+os.environ.setdefault("NPROC", "16")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_legacy_prng_key", "error")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run tests marked `full`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    full = [item for item in items if "full" in item.keywords]
+    if full:
+        config.hook.pytest_deselected(items=full)
+        items[:] = [item for item in items if "full" not in item.keywords]
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
