@@ -1,0 +1,1 @@
+"""Experts in host memory, served to the device by a compiled slot cache."""
