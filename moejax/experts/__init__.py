@@ -1,0 +1,1 @@
+"""Expert parameters and their evaluation over routed rows."""

@@ -1,0 +1,50 @@
+"""Gated experts: initial weights, the dense evaluation of one, and of all (the oracle).
+
+Axis letters:
+    T  tokens    D  model dim    F  expert hidden dim    E  experts    K  experts per token
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moejax.core.structs import Routing
+from moejax.kernels.grouped_ffn import GatedWeights
+
+
+def init_experts(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    d_model: int,
+    d_ff: int,
+    *,
+    out_scale: float,
+    dtype: jnp.dtype,
+) -> GatedWeights:
+    """Normal weights of variance 1 / fan-in with leading axes `shape` (`(E,)`, or `()` for one)."""
+
+    def normal(name: int, tail: tuple[int, int], std: float) -> jax.Array:
+        noise = jax.random.normal(jax.random.fold_in(key, name), (*shape, *tail))
+        return (noise * std).astype(dtype)
+
+    return GatedWeights(
+        w_gate=normal(0, (d_model, d_ff), d_model**-0.5),
+        w_up=normal(1, (d_model, d_ff), d_model**-0.5),
+        w_down=normal(2, (d_ff, d_model), out_scale * d_ff**-0.5),
+    )
+
+
+def gated_mlp(weights: GatedWeights, x: jax.Array) -> jax.Array:
+    """`(silu(x w_gate) * (x w_up)) w_down` of one expert (no leading axis) on x [..., D]."""
+    hidden = jax.nn.silu(x @ weights.w_gate) * (x @ weights.w_up)
+    return hidden @ weights.w_down
+
+
+def every_expert(weights: GatedWeights, x: jax.Array, routing: Routing) -> jax.Array:
+    """[T, K, D] outputs of the chosen experts, by evaluating all E of them on all rows.
+
+    The reference for every dispatch and offload path. A padded token's rows are zero.
+    Cost: E / K times the useful work.
+    """
+    outputs = jax.vmap(gated_mlp, (0, None), 1)(weights, x)  # [T, E, D]
+    rows = jnp.arange(x.shape[0])[:, None]
+    return outputs.at[rows, routing.topk_idx].get(mode="fill", fill_value=0)

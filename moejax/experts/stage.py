@@ -1,0 +1,105 @@
+"""The expert stage: routed tokens in, one output row per assignment out.
+
+A stage is where an MoE layer meets its experts. `resident` holds all weights on the device;
+`every_expert` is the oracle; `moejax.dispatch` wraps a stage over a mesh axis and `moejax.offload`
+serves one from host memory. They all keep outputs apart, [T, K, D], so that the combine runs in the
+same order everywhere and exact paths agree to the bit.
+
+Axis letters:
+    T  tokens    K  experts per token    N  assignments, T * K    D  model dim    E  experts
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moejax.core.structs import Routing
+from moejax.experts import gated
+from moejax.kernels.grouped_ffn import GatedWeights, grouped_ffn
+from moejax.kernels.permute import permute, sort_by_group, unpermute
+
+
+@struct.dataclass(kw_only=True)
+class StageCounts:
+    """Transfers of one layer call, in whole experts (see `MoEMetrics`)."""
+
+    lookups: jax.Array
+    hits: jax.Array
+    demand_fetches: jax.Array
+    prefetches: jax.Array
+    prefetches_wasted: jax.Array
+    waves: jax.Array
+
+
+class Stage(Protocol):
+    """Runs the chosen experts of one layer.
+
+    Args:
+        x: [T, D] gate inputs.
+        routing: with `topk_idx == E` for assignments that must yield a zero row.
+        weights: this layer's experts on the device, or None when the stage brings its own.
+        layer: int32 scalar, index among the MoE layers.
+        state: the stage's own carry through the layers (None when it has none).
+
+    Returns: outputs [T, K, D] in x's dtype, the new state, and what was moved.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        routing: Routing,
+        weights: GatedWeights | None,
+        layer: jax.Array,
+        state: Any,
+    ) -> tuple[jax.Array, Any, StageCounts]: ...
+
+
+def resident_counts(group_sizes: jax.Array) -> StageCounts:
+    """Counts of a layer whose experts are all on the device: every lookup hits."""
+    wanted, zero = jnp.sum(group_sizes > 0, dtype=jnp.int32), jnp.int32(0)
+    return StageCounts(
+        lookups=wanted,
+        hits=wanted,
+        demand_fetches=zero,
+        prefetches=zero,
+        prefetches_wasted=zero,
+        waves=jnp.int32(1),
+    )
+
+
+def resident(
+    x: jax.Array,
+    routing: Routing,
+    weights: GatedWeights | None,
+    layer: jax.Array,
+    state: Any,
+) -> tuple[jax.Array, Any, StageCounts]:
+    """All experts on this device: sort rows by expert, run the grouped kernel. Dropless."""
+    assert weights is not None, "the resident stage wants the layer's experts"
+    del layer
+    num_experts = weights.w_gate.shape[0]
+    with jax.named_scope("moe_permute"):
+        permutation = sort_by_group(routing.topk_idx, num_experts)
+        rows = permute(x, permutation, routing.topk_idx.shape[1])
+    with jax.named_scope("moe_experts"):
+        outputs = grouped_ffn(rows, weights, permutation.group_sizes)
+    with jax.named_scope("moe_unpermute"):
+        y = unpermute(outputs, permutation, routing.topk_idx.shape[1])
+    return y, state, resident_counts(permutation.group_sizes)
+
+
+def reference(
+    x: jax.Array,
+    routing: Routing,
+    weights: GatedWeights | None,
+    layer: jax.Array,
+    state: Any,
+) -> tuple[jax.Array, Any, StageCounts]:
+    """`resident`, obviously right: every expert on every token."""
+    assert weights is not None, "the reference stage wants the layer's experts"
+    del layer
+    num_experts = weights.w_gate.shape[0]
+    sizes = sort_by_group(routing.topk_idx, num_experts).group_sizes
+    return gated.every_expert(weights, x, routing), state, resident_counts(sizes)

@@ -1,0 +1,1 @@
+"""Norms, attention and the mixture-of-experts layer."""

@@ -1,0 +1,1 @@
+"""Gates, their losses and their statistics."""
