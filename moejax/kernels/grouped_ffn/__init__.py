@@ -1,0 +1,6 @@
+"""Gated MLP of every expert over rows sorted by expert."""
+
+from moejax.kernels.grouped_ffn.api import explain as explain
+from moejax.kernels.grouped_ffn.api import grouped_ffn as grouped_ffn
+from moejax.kernels.grouped_ffn.blocked import run_chunks as run_chunks
+from moejax.kernels.grouped_ffn.weights import GatedWeights as GatedWeights

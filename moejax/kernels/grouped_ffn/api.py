@@ -1,0 +1,52 @@
+"""Gated MLP of every expert over rows sorted by expert: picks the implementation.
+
+Axis letters:
+    M  rows      G  groups      R  rows of the weight stack      D  model dim      F  hidden dim
+"""
+
+import functools
+from typing import Any
+
+import jax
+
+from moejax.kernels.grouped_ffn import blocked, reference
+from moejax.kernels.grouped_ffn.weights import Activation, GatedWeights
+from moejax.kernels.pick import Choice, Implementation, run_first
+
+# In order of preference; `reference` costs G times the work.
+BACKENDS = {
+    "blocked": blocked.grouped_ffn,
+    "reference": reference.grouped_ffn,
+}
+
+
+def grouped_ffn(
+    xs: jax.Array,
+    weights: GatedWeights,
+    group_sizes: jax.Array,
+    *,
+    group_rows: jax.Array | None = None,
+    activation: Activation = "silu",
+    implementation: Implementation = None,
+) -> jax.Array:
+    """`(act(x @ w_gate) * (x @ w_up)) @ w_down` with the weights of each row's group.
+
+    `xs` is [M, D], its first `group_sizes[0]` rows belong to group 0 and so on; the result is
+    [M, D] in the dtype of `xs`, accumulated in float32. Rows past `sum(group_sizes)` are zero and
+    get zero gradient; empty groups cost nothing. Group g is served by row g of the weights, or by
+    row `group_rows[g]` (int32 [G]). `implementation` is a name, names in order of preference, or
+    None for the best that is willing (`explain` says which). Raises `InputError` when shapes or
+    names are wrong, `NotImplementedError` with every reason when all backends refuse.
+    """
+    options = {"group_rows": group_rows, "activation": activation}
+    operands = (xs, weights, group_sizes)
+    y, _ = run_first("grouped_ffn", BACKENDS, implementation, *operands, **options)
+    return y
+
+
+def explain(*args: Any, implementation: Implementation = None, **kwargs: Any) -> Choice:
+    """What `grouped_ffn` would pick for these operands (arrays or ShapeDtypeStructs), and why."""
+    run = functools.partial(run_first, "grouped_ffn", BACKENDS, implementation)
+    chosen: list[Choice] = []
+    jax.eval_shape(lambda *args: chosen.append(run(*args, **kwargs)[1]), *args)
+    return chosen[0]

@@ -1,0 +1,191 @@
+"""The grouped gated MLP as one loop over chunks of rows, in pure lax: the fallback everywhere.
+
+The three products of a chunk share a loop body, so a chunk's hidden rows never leave the cache, and
+each expert's weights are read once per chunk of up to S rows. The loop has a traced trip count,
+which jax cannot reverse: the gradient is spelled out (`_backward`).
+
+A row's result depends on the rows of its chunk, the chunk's size and its expert's weights alone:
+not on where in the stack the weights lie, nor on the order of the groups.
+
+Axis letters:
+    M  rows      G  groups      R  rows of the weight stack      D  model dim      F  hidden dim
+    S  largest chunk, sizes[-1]
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moejax.kernels.chunks import (
+    ChunkPlan,
+    fold_groups,
+    pad_rows,
+    pick_sizes,
+    plan_chunks,
+    put,
+    switch_size,
+    window,
+    zero_tail,
+)
+from moejax.kernels.grouped_ffn.weights import (
+    GatedWeights,
+    activation_fn,
+    check_shapes,
+    read_row,
+    refuse_dtypes,
+)
+from moejax.kernels.vma import vary_together
+
+
+def run_chunks(
+    y: jax.Array,
+    xs: jax.Array,
+    weights: GatedWeights,
+    group_rows: jax.Array,
+    plan: ChunkPlan,
+    begin: jax.Array | int,
+    end: jax.Array | int,
+    *,
+    sizes: tuple[int, ...],
+    activation: str = "silu",
+) -> jax.Array:
+    """Computes chunks `[begin, end)` of `plan` into `y`. Forward only.
+
+    `xs` and `y` are [M + S, D]: sorted rows and S rows of padding. `group_rows` (int32 [G]) says
+    which row of the weight stack serves a group. Weights may be float32 or bfloat16 and the carry
+    of an outer loop: they are only read, row by row. Products accumulate in float32.
+
+    A chunk writes S rows; those that are not its own hold rubbish until the next chunk, so chunks
+    must be run in order, and `zero_tail` called after the last chunk of all. Cost: each chunk
+    reads its expert once, 3 * D * F weights, and does 6 * D * F operations per row of its size.
+    """
+    (y,) = _run_chunks((y,), xs, weights, group_rows, plan, begin, end, sizes, activation)
+    return y
+
+
+def grouped_ffn(
+    xs: jax.Array,
+    weights: GatedWeights,
+    group_sizes: jax.Array,
+    *,
+    group_rows: jax.Array | None = None,
+    activation: str = "silu",
+    sizes: tuple[int, ...] | None = None,
+) -> jax.Array:
+    """`xs` [M, D] sorted by group -> [M, D]; rows past `sum(group_sizes)` are zero.
+
+    Differentiable in `xs` and `weights`. The gradient keeps gate and up rows, 2 * M * F in the
+    dtype of `xs`. `sizes` overrides `pick_sizes(M)`.
+    """
+    check_shapes(xs, weights, group_sizes, group_rows)
+    refuse_dtypes(xs, weights)
+    activation_fn(activation)
+    sizes = sizes or pick_sizes(xs.shape[0])
+    xs, weights, group_sizes, group_rows = vary_together(xs, weights, group_sizes, group_rows)
+    return _grouped_ffn(xs, weights, group_sizes, group_rows, sizes, activation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _grouped_ffn(xs, weights, group_sizes, group_rows, sizes, activation):
+    return _forward(xs, weights, group_sizes, group_rows, sizes, activation, keep=False)[0]
+
+
+def _forward(xs, weights, group_sizes, group_rows, sizes, activation, *, keep):
+    """Output [M, D] and, with `keep`, the gate and up rows [M + S, F] that the gradient wants."""
+    num_rows, d_model = xs.shape
+    plan = plan_chunks(group_sizes, sizes=sizes, num_rows=num_rows)
+    widths = [d_model] + [weights.w_gate.shape[2]] * 2 * keep
+    zeros = tuple(jnp.zeros((num_rows + sizes[-1], width), xs.dtype) for width in widths)
+    zeros, _ = vary_together(zeros, xs)
+    padded = pad_rows(xs, num_rows + sizes[-1])
+    y, *kept = _run_chunks(
+        zeros, padded, weights, group_rows, plan, 0, plan.num_chunks, sizes, activation
+    )
+    return zero_tail(y, jnp.sum(group_sizes), sizes=sizes)[:num_rows], kept
+
+
+def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes, activation):
+    """`out` is (y,) or (y, gate, up), each [M + S, *]."""
+    act = activation_fn(activation)
+    keep = len(out) > 1
+
+    def branch(size):
+        def run(rows, row):
+            x = rows[:size].astype(jnp.float32)
+            gate = x @ read_row(weights.w_gate, row)
+            up = x @ read_row(weights.w_up, row)
+            y = (act(gate) * up) @ read_row(weights.w_down, row)
+            results = (y, gate, up) if keep else (y,)
+            return tuple(pad_rows(r.astype(xs.dtype), sizes[-1]) for r in results)
+
+        return run
+
+    def body(i, out):
+        group, start = plan.group[i], plan.row[i]
+        row = group if group_rows is None else group_rows[group]
+        # The update stands outside the switch: a conditional that returns `out` would copy it.
+        results = switch_size(plan.size_class[i], sizes, branch, window(xs, start, sizes[-1]), row)
+        return tuple(put(o, r, start) for o, r in zip(out, results, strict=True))
+
+    with jax.named_scope("grouped_ffn"):
+        return lax.fori_loop(begin, end, body, out)
+
+
+def _grouped_ffn_fwd(xs, weights, group_sizes, group_rows, sizes, activation):
+    y, kept = _forward(xs, weights, group_sizes, group_rows, sizes, activation, keep=True)
+    return y, (xs, weights, group_sizes, group_rows, *kept)
+
+
+def _grouped_ffn_bwd(sizes, activation, residuals, dy):
+    xs, weights, group_sizes, group_rows, gate, up = residuals
+    num_rows = xs.shape[0]
+    plan = plan_chunks(group_sizes, sizes=sizes, num_rows=num_rows)
+    # The rows of dy turn into rows of dx one by one, in place.
+    grad_rows = pad_rows(dy, num_rows + sizes[-1])
+    padded = pad_rows(xs, num_rows + sizes[-1])
+    chunk = partial(_chunk_grad, padded, gate, up, weights, activation)
+    grad_weights, _ = vary_together(jax.tree.map(jnp.zeros_like, weights), xs)
+    with jax.named_scope("grouped_ffn_grad"):
+        grad_rows, grad_weights = fold_groups(
+            plan, group_sizes, sizes, chunk, grad_rows, grad_weights, group_rows
+        )
+    used = jnp.arange(num_rows)[:, None] < jnp.sum(group_sizes)
+    return jnp.where(used, grad_rows[:num_rows], 0), grad_weights, None, None
+
+
+def _chunk_grad(xs, gate, up, weights, activation, size, grad, start, rows, row):
+    """Gradients of one chunk: dx [size, D] and this chunk's share of the weights' gradient.
+
+    Rows of the window past the chunk's own `rows` belong to other experts. They are masked in
+    every factor, not only in dy, because 0 * inf would reach the weights' gradient.
+    """
+    own = (jnp.arange(size) < rows)[:, None]
+    x, gate, up = (
+        jnp.where(own, window(a, start, size).astype(jnp.float32), 0) for a in (xs, gate, up)
+    )
+    dy = jnp.where(own, grad[:size].astype(jnp.float32), 0)
+    hidden, act_vjp = jax.vjp(activation_fn(activation), gate)
+    d_hidden = _dot_nt(dy, read_row(weights.w_down, row))
+    (d_gate,) = act_vjp(d_hidden * up)
+    d_up = d_hidden * hidden
+    dx = _dot_nt(d_gate, read_row(weights.w_gate, row))
+    dx += _dot_nt(d_up, read_row(weights.w_up, row))
+    grads = GatedWeights(
+        w_gate=_dot_tn(x, d_gate), w_up=_dot_tn(x, d_up), w_down=_dot_tn(hidden * up, dy)
+    )
+    return dx, grads
+
+
+def _dot_nt(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b.T"""
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())))
+
+
+def _dot_tn(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a.T @ b"""
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+
+
+_grouped_ffn.defvjp(_grouped_ffn_fwd, _grouped_ffn_bwd)
