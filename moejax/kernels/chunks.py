@@ -6,7 +6,8 @@ group costs nothing. Kernels loop over the chunks in row order and write whole w
 what a window spills past its own rows, the next chunk overwrites.
 
 Axis letters:
-    M  rows      G  groups      S  largest size, sizes[-1]      C  chunks at most, min(M // S + G, M)
+    M  rows      G  groups      R  rows of a weight stack
+    S  largest size, sizes[-1]  C  chunks at most, min(M // S + G, M)
 """
 
 from collections.abc import Callable
@@ -123,16 +124,12 @@ def put(rows: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
 def pad_rows(rows: jax.Array, size: int) -> jax.Array:
     """`rows` [M, D] with zero rows appended to `size` rows."""
     missing = size - rows.shape[0]
-    return rows if missing == 0 else lax.pad(rows, _zero(rows), ((0, missing, 0), (0, 0, 0)))
+    return rows if missing == 0 else jnp.pad(rows, ((0, missing), (0, 0)))
 
 
 def zero_tail(y: jax.Array, num_rows: jax.Array, *, sizes: tuple[int, ...]) -> jax.Array:
     """Zeroes what the last chunk spilled past `num_rows` rows of `y` [M + S, D]."""
     return put(y, jnp.zeros((sizes[-1], y.shape[1]), y.dtype), num_rows)
-
-
-def _zero(like: jax.Array) -> jax.Array:
-    return jnp.zeros((), like.dtype)
 
 
 def fold_groups(

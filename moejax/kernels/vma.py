@@ -1,14 +1,12 @@
 """Varying axes inside `shard_map`: loops and custom gradients want operands that agree."""
 
-from typing import TypeVar
+from typing import Any
 
 import jax
 from jax import lax
 
-Tree = TypeVar("Tree")
 
-
-def vary_together(*trees: Tree) -> tuple[Tree, ...]:
+def vary_together(*trees: Any) -> tuple[Any, ...]:
     """Marks every array as varying over all mesh axes that any of them varies over.
 
     Outside `shard_map` it does nothing. The transpose of the mark is a `psum`, so a replicated
