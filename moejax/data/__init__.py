@@ -1,0 +1,1 @@
+"""Recorded routing and text: what models are fed with and what their routers chose."""
