@@ -17,8 +17,9 @@ from flax import struct
 
 from moejax.core.structs import Routing
 from moejax.experts import gated
+from moejax.experts.shard import local_routing, sum_ranks
 from moejax.kernels.grouped_ffn import GatedWeights, grouped_ffn
-from moejax.kernels.permute import permute, sort_by_group, unpermute
+from moejax.kernels.permute import permute, sort_by_group, ungroup
 
 
 @struct.dataclass(kw_only=True)
@@ -86,8 +87,33 @@ def resident(
     with jax.named_scope("moe_experts"):
         outputs = grouped_ffn(rows, weights, permutation.group_sizes)
     with jax.named_scope("moe_unpermute"):
-        y = unpermute(outputs, permutation, routing.topk_idx.shape[1])
+        y = ungroup(outputs, permutation, routing.topk_idx.shape[1])
     return y, state, resident_counts(permutation.group_sizes)
+
+
+def stacked(experts: GatedWeights, *, axis: str | None = None) -> Stage:
+    """The resident stage over all layers' experts at once, leaves [L, E, ...]. Forward only.
+
+    A scan over layers would copy a layer's experts out of the stack before reading a few of them;
+    here the kernel reads the chosen rows in place. `axis`: mesh axis that E is sharded over, when
+    inside `shard_map`.
+    """
+    num_experts = experts.w_gate.shape[1]
+    flat = jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), experts)
+
+    def stage(x, routing, weights, layer, state):
+        assert weights is None, "the stacked stage brings its own experts"
+        routing = local_routing(routing, axis, num_experts)
+        top_k = routing.topk_idx.shape[1]
+        permutation = sort_by_group(routing.topk_idx, num_experts)
+        group_rows = layer * num_experts + jnp.arange(num_experts, dtype=jnp.int32)
+        rows = permute(x, permutation, top_k)
+        outputs = grouped_ffn(rows, flat, permutation.group_sizes, group_rows=group_rows)
+        y = ungroup(outputs, permutation, top_k)
+        counts = resident_counts(permutation.group_sizes)
+        return sum_ranks(y, axis), state, sum_ranks(counts, axis)
+
+    return stage
 
 
 def reference(

@@ -83,6 +83,17 @@ def unpermute(y: jax.Array, perm: Permutation, topk_weights: jax.Array) -> jax.A
         return _unpermute(y, topk_weights, perm.order, perm.inverse)
 
 
+def ungroup(y: jax.Array, perm: Permutation, top_k: int) -> jax.Array:
+    """Rows back at their assignments, unweighted: `y` [N, D] -> [T, K, D]."""
+    check(
+        y.shape[0] == perm.order.shape[0],
+        f"y has {y.shape[0]} rows, permutation has {perm.order.shape[0]}",
+    )
+    with jax.named_scope("moe_unpermute"):
+        rows = _reorder(y, perm.inverse, perm.order)
+        return rows.reshape(-1, top_k, y.shape[1])
+
+
 def _rows(a: jax.Array, index: jax.Array) -> jax.Array:
     return a.at[index].get(mode="promise_in_bounds")
 
@@ -131,3 +142,19 @@ def _unpermute_bwd(residuals, dout):
 
 
 _unpermute.defvjp(_unpermute_fwd, _unpermute_bwd)
+
+
+@jax.custom_vjp
+def _reorder(y, index, inverse_index):
+    return _rows(y, index)
+
+
+def _reorder_fwd(y, index, inverse_index):
+    return _rows(y, index), inverse_index
+
+
+def _reorder_bwd(inverse_index, dy):
+    return _rows(dy, inverse_index), None, None
+
+
+_reorder.defvjp(_reorder_fwd, _reorder_bwd)

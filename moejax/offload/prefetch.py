@@ -1,0 +1,132 @@
+"""Prefetch: while layer l computes, fetch what layer l + 1 is predicted to want.
+
+Fetched experts land in buffers of their own that travel through the scan over layers; at the start
+of the next layer those that it wants enter the slot cache and the others are forgotten, so a wrong
+prediction costs link time but never displaces a useful row.
+
+Axis letters:
+    T  tokens    E  experts of this rank    L  MoE layers    m  prefetch lanes
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moejax.core.memory import fetch_rows
+from moejax.core.structs import Routing
+from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.offload.policies import Policy
+from moejax.offload.slots import (
+    SlotCache,
+    SlotTable,
+    assign,
+    choose_slot,
+    layer_slot_of,
+    write_row,
+)
+
+# (x [T, D], routing over all experts, layer, predictor state) -> (scores [T, E_all] of layer + 1,
+# predictor state). See `moejax.predictors`.
+Scorer = Callable[[jax.Array, Routing, jax.Array, Any], tuple[jax.Array, Any]]
+FetchMode = Literal["missing", "always"]
+
+
+@struct.dataclass(kw_only=True)
+class Landing:
+    """What was fetched for the coming layer, one tuple entry per lane."""
+
+    granule: jax.Array  # int32 [m], -1 for a lane that fetched nothing
+    experts: tuple[GatedWeights, ...]  # leaves without leading axis
+
+
+def init_landing(experts: GatedWeights, lanes: int) -> Landing:
+    """Empty lanes for a store with leaves [L, E, ...]."""
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[2:], leaf.dtype), experts)
+    return Landing(granule=jnp.full((lanes,), -1, jnp.int32), experts=tuple([empty] * lanes))
+
+
+def demand(scores: jax.Array, valid: jax.Array, top_k: int) -> jax.Array:
+    """float32 [E]: predicted number of assignments per expert, ties broken by score.
+
+    Each valid token (bool [T]) votes for the `top_k` experts it scores highest with `1 + softmax`,
+    and for the others with its softmax alone.
+    """
+    share = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    kth = jax.lax.top_k(share, top_k)[0][:, -1:]
+    votes = share + (share >= kth).astype(jnp.float32)
+    return jnp.sum(jnp.where(valid[:, None], votes, 0.0), axis=0)
+
+
+def absorb(
+    cache: SlotCache, landing: Landing, layer: jax.Array, wanted: jax.Array, policy: Policy
+) -> tuple[SlotCache, jax.Array, jax.Array]:
+    """Moves landed experts that `layer` wants into the cache, before it is read.
+
+    Returns the cache, how many lanes had fetched something, and how many of those were wasted: not
+    wanted by this layer, or in the cache already, or without a slot that holds nothing wanted.
+    """
+    num_experts = wanted.shape[0]
+    used = jnp.int32(0)
+    for lane, expert in enumerate(landing.experts):
+        granule = landing.granule[lane]
+        local = jnp.clip(granule - layer * num_experts, 0, num_experts - 1)
+        slot, is_free = choose_slot(cache.table, layer, policy, wanted)
+        absent = cache.table.slot_of[jnp.maximum(granule, 0)] < 0
+        take = ((granule >= 0) & wanted[local] & absent & is_free).astype(jnp.int32)
+
+        def write(_, cache, slot=slot, granule=granule, expert=expert):
+            rows = write_row(cache.rows, slot, expert)
+            return SlotCache(table=assign(cache.table, slot, granule), rows=rows)
+
+        # A loop of at most one trip: as a cond, XLA:CPU copies the cache.
+        cache = jax.lax.fori_loop(0, take, write, cache)
+        used += take
+    fetched = jnp.sum(landing.granule >= 0, dtype=jnp.int32)
+    return cache, fetched, fetched - used
+
+
+def choose(
+    votes: jax.Array, table: SlotTable, layer: jax.Array, lanes: int, mode: FetchMode
+) -> tuple[jax.Array, jax.Array]:
+    """Granules to fetch for `layer + 1`, and which lanes really fetch.
+
+    `missing`: of the `lanes` experts with the most `votes` [E], those that are not cached; the
+    other lanes move nothing. `always`: the `lanes` experts with the most votes among those not
+    cached, unconditionally, as a transfer under a condition cannot overlap on TPU; after the last
+    layer these are the most used experts of layer 0, for the next token.
+    """
+    num_experts = votes.shape[0]
+    num_layers = table.slot_of.shape[0] // num_experts
+    is_last = layer + 1 == num_layers
+    target = jnp.where(is_last, 0, layer + 1)
+    cached = layer_slot_of(table, target, num_experts) >= 0
+    if mode == "missing":
+        _, expert = jax.lax.top_k(votes, lanes)
+        live = ~cached[expert] & ~is_last
+    else:
+        start = (target * num_experts,)
+        uses = jax.lax.dynamic_slice(table.usage.uses, start, (num_experts,))
+        votes = jnp.where(is_last, uses.astype(jnp.float32), votes)
+        _, expert = jax.lax.top_k(jnp.where(cached, -1.0, votes), lanes)
+        live = jnp.ones((lanes,), bool)
+    return target * num_experts + expert.astype(jnp.int32), live
+
+
+def fetch(
+    store: GatedWeights, landing: Landing, granule: jax.Array, live: jax.Array, mode: FetchMode
+) -> Landing:
+    """Starts the transfers of `granule` [m] from the host store (leaves [N, ...])."""
+    experts = []
+    for lane, old in enumerate(landing.experts):
+        if mode == "always":
+            experts.append(fetch_rows(store, granule[lane]))
+            continue
+
+        def bring(_, old, lane=lane):
+            return fetch_rows(store, granule[lane])
+
+        experts.append(jax.lax.fori_loop(0, live[lane].astype(jnp.int32), bring, old))
+    return Landing(granule=jnp.where(live, granule, -1), experts=tuple(experts))

@@ -1,0 +1,136 @@
+"""The slot cache: device rows for some experts, and the table that says which.
+
+The cache is a carry of the compiled step: looked up, filled and evicted on the device, with no host
+round trip. It is not authoritative; dropping it costs fetches, never correctness.
+
+Axis letters:
+    S  slots    N  granules, (layer, expert) pairs    L  MoE layers    E  experts of this rank
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moejax.core.errors import check
+from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.offload.policies import Policy, Usage, init_usage, pick_victim
+
+
+@struct.dataclass(kw_only=True)
+class SlotTable:
+    """Which granule each slot holds. `slot_of` and `granule_of` are inverse where not -1."""
+
+    slot_of: jax.Array  # int32 [N], -1 when absent
+    granule_of: jax.Array  # int32 [S], -1 when empty
+    slot_layer: jax.Array  # int32 [S], the only layer a slot serves, or -1 for any
+    usage: Usage  # counters [N]
+
+
+@struct.dataclass(kw_only=True)
+class SlotCache:
+    """The table and the device rows it speaks of."""
+
+    table: SlotTable
+    rows: GatedWeights  # leaves [S, ...]
+
+
+def init_table(num_layers: int, num_experts: int, slot_layer: jax.Array) -> SlotTable:
+    """An empty table with `len(slot_layer)` slots."""
+    granules, slots = num_layers * num_experts, slot_layer.shape[0]
+    return SlotTable(
+        slot_of=jnp.full((granules,), -1, jnp.int32),
+        granule_of=jnp.full((slots,), -1, jnp.int32),
+        slot_layer=slot_layer.astype(jnp.int32),
+        usage=init_usage(granules),
+    )
+
+
+def shared_slots(num_slots: int) -> jax.Array:
+    """`slot_layer` of one pool for all layers.
+
+    Least-recently-used eviction never hits when the pool is smaller than one token's experts over
+    all layers; see `costmodel.offload_bounds`.
+    """
+    return jnp.full((num_slots,), -1, jnp.int32)
+
+
+def layer_slots(num_slots: int, num_layers: int) -> jax.Array:
+    """`slot_layer` of equal quotas per layer, the remainder to the first layers."""
+    check(
+        num_slots >= num_layers,
+        f"num_slots={num_slots} is fewer than one for each of {num_layers} MoE layers",
+    )
+    return jnp.sort(jnp.arange(num_slots, dtype=jnp.int32) % num_layers)
+
+
+def init_cache(experts: GatedWeights, slot_layer: jax.Array) -> SlotCache:
+    """An empty cache for a store with leaves [L, E, ...] (arrays or abstract)."""
+    num_layers, num_experts = experts.w_gate.shape[:2]
+    slots = slot_layer.shape[0]
+    rows = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[2:]), leaf.dtype), experts)
+    return SlotCache(table=init_table(num_layers, num_experts, slot_layer), rows=rows)
+
+
+def touch_layer(table: SlotTable, layer: jax.Array, wanted: jax.Array) -> SlotTable:
+    """Counts one call of `layer` that wants the experts where `wanted` (bool [E]) holds.
+
+    The same as `policies.touch` with a mask over all granules, at the cost of one layer's.
+    """
+    usage, num_experts = table.usage, wanted.shape[0]
+    start = (layer * num_experts,)
+    last = jax.lax.dynamic_slice(usage.last_used, start, (num_experts,))
+    uses = jax.lax.dynamic_slice(usage.uses, start, (num_experts,))
+    last = jnp.where(wanted, usage.clock, last)
+    usage = Usage(
+        last_used=jax.lax.dynamic_update_slice(usage.last_used, last, start),
+        uses=jax.lax.dynamic_update_slice(usage.uses, uses + wanted.astype(jnp.int32), start),
+        clock=usage.clock + 1,
+    )
+    return table.replace(usage=usage)
+
+
+def layer_slot_of(table: SlotTable, layer: jax.Array, num_experts: int) -> jax.Array:
+    """int32 [E]: the slot of each expert of `layer`, -1 when absent."""
+    return jax.lax.dynamic_slice(table.slot_of, (layer * num_experts,), (num_experts,))
+
+
+def choose_slot(
+    table: SlotTable, layer: jax.Array, policy: Policy, wanted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The slot to overwrite for `layer`, and whether it holds none of the layer's wanted experts.
+
+    Empty slots go first, then by `policy` among slots that may serve `layer` and hold nothing that
+    `wanted` (bool [E]) names; when every slot holds a wanted expert, by policy among those.
+    """
+    num_experts = wanted.shape[0]
+    held = jnp.maximum(table.granule_of, 0)
+    empty = table.granule_of < 0
+    expert = table.granule_of - layer * num_experts
+    mine = (expert >= 0) & (expert < num_experts)
+    busy = mine & wanted[jnp.clip(expert, 0, num_experts - 1)]
+    allowed = (table.slot_layer < 0) | (table.slot_layer == layer)
+    free = allowed & ~busy
+    any_free = jnp.any(free)
+    key = tuple(
+        jnp.where(empty, jnp.iinfo(jnp.int32).min, part[held]) for part in policy(table.usage)
+    )
+    return pick_victim(key, jnp.where(any_free, free, allowed)), any_free
+
+
+def assign(table: SlotTable, slot: jax.Array, granule: jax.Array) -> SlotTable:
+    """The table after `granule` has replaced whatever `slot` held."""
+    evicted = table.granule_of[slot]
+    # An empty slot evicts nothing: -1 would wrap to the last granule, so it goes out of range.
+    evicted = jnp.where(evicted < 0, table.slot_of.shape[0], evicted)
+    slot_of = table.slot_of.at[evicted].set(-1, mode="drop")
+    return table.replace(
+        slot_of=slot_of.at[granule].set(slot),
+        granule_of=table.granule_of.at[slot].set(granule),
+    )
+
+
+def write_row(rows: GatedWeights, slot: jax.Array, expert: GatedWeights) -> GatedWeights:
+    """The cache rows with `expert` (leaves without leading axis) at `slot`, in place when donated."""
+    return jax.tree.map(
+        lambda leaf, row: jax.lax.dynamic_update_index_in_dim(leaf, row, slot, 0), rows, expert
+    )

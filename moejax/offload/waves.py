@@ -1,0 +1,99 @@
+"""Demand path: compute with what is cached while the first missing expert travels, and so on.
+
+One layer call wants some experts. They are put in processing order, cached ones first, and served
+in waves: wave 0 computes all cached experts, wave i the i-th missing one. The transfer of the next
+missing expert starts before a wave computes and lands after it, so link and compute overlap, and
+any number of missing experts passes through any number of slots. With everything cached there is
+one wave and no loop iteration.
+
+Write phase before read phase: the landed expert enters the cache at the start of an iteration and
+the cache is only read after that. XLA:CPU would copy the whole cache otherwise.
+
+Axis letters:
+    S  slots    E  experts of this rank    M  rows    D  model dim
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moejax.core.memory import fetch_rows
+from moejax.kernels.chunks import ChunkPlan
+from moejax.kernels.grouped_ffn import GatedWeights, run_chunks
+from moejax.kernels.vma import vary_together
+from moejax.offload.policies import Policy
+from moejax.offload.slots import SlotCache, assign, choose_slot, layer_slot_of, write_row
+
+
+@struct.dataclass(kw_only=True)
+class Work:
+    """One layer call, experts in processing order: cached, then missing, then unwanted."""
+
+    layer: jax.Array  # int32 []
+    order: jax.Array  # int32 [E], expert ids
+    wanted: jax.Array  # bool [E], by expert id
+    num_cached: jax.Array  # int32 [], wanted and in the cache
+    num_missing: jax.Array  # int32 []
+
+
+def processing_order(wanted: jax.Array, slot_of: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Expert ids, cached wanted first, then missing wanted, then the rest; ids ascend in each.
+
+    Args: wanted bool [E], slot_of int32 [E]. Returns int32 [E] and the number of cached ones.
+    """
+    rank = jnp.where(wanted, (slot_of < 0).astype(jnp.int32), 2)
+    order = jnp.argsort(rank, stable=True).astype(jnp.int32)
+    return order, jnp.sum(rank == 0, dtype=jnp.int32)
+
+
+def run_waves(
+    cache: SlotCache,
+    store: GatedWeights,
+    xs: jax.Array,
+    work: Work,
+    plan: ChunkPlan,
+    policy: Policy,
+    *,
+    sizes: tuple[int, ...],
+) -> tuple[SlotCache, jax.Array]:
+    """Runs every chunk of `plan`, fetching missing experts from `store` on the way.
+
+    Args:
+        cache: written in place when its buffers are donated.
+        store: host leaves [N, ...].
+        xs: rows in processing order, padded as `run_chunks` wants.
+
+    Returns: the cache, now holding the last experts fetched, and outputs shaped like `xs`.
+    Cost: `work.num_missing` transfers of one expert.
+    """
+
+    def compute(y: jax.Array, cache: SlotCache, first: jax.Array, last: jax.Array) -> jax.Array:
+        slots = layer_slot_of(cache.table, work.layer, work.wanted.shape[0])[work.order]
+        begin, end = plan.first_chunk[first], plan.first_chunk[last]
+        return run_chunks(y, xs, cache.rows, slots, plan, begin, end, sizes=sizes)
+
+    def wave(i: jax.Array, carry):
+        y, cache, landed = carry
+        # At i == 0 nothing has landed yet: a loop of no trips, since a cond would copy the cache.
+        cache = jax.lax.fori_loop(0, jnp.minimum(i, 1), lambda _, c: land(c, i - 1, landed), cache)
+        missing = work.num_cached + i
+        coming = fetch_rows(store, granule(missing))
+        first = jnp.where(i == 0, 0, missing - 1)
+        return compute(y, cache, first, missing), cache, coming
+
+    def granule(position: jax.Array) -> jax.Array:
+        return work.layer * work.wanted.shape[0] + work.order[position]
+
+    def land(cache: SlotCache, i: jax.Array, expert: GatedWeights) -> SlotCache:
+        slot, _ = choose_slot(cache.table, work.layer, policy, work.wanted)
+        table = assign(cache.table, slot, granule(work.num_cached + i))
+        return SlotCache(table=table, rows=write_row(cache.rows, slot, expert))
+
+    with jax.named_scope("moe_waves"):
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), cache.rows)
+        n = work.num_missing
+        (y, nothing), _ = vary_together((jnp.zeros_like(xs), nothing), cache)
+        y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
+        cache = jax.lax.fori_loop(0, jnp.minimum(n, 1), lambda _, c: land(c, n - 1, landed), cache)
+        first = jnp.where(n == 0, 0, work.num_cached + n - 1)
+        return cache, compute(y, cache, first, work.num_cached + n)

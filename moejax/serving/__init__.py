@@ -1,0 +1,1 @@
+"""Decoding: resident or offloaded, one compiled step per token."""
