@@ -69,12 +69,13 @@ def check_shapes(
 def read_row(stack: jax.Array, row: jax.Array) -> jax.Array:
     """`stack[row]` [A, B] in float32, of a float32 or bfloat16 stack [R, A, B].
 
-    On XLA:CPU a convert of the slice becomes a convert of the whole stack, hoisted out of the
-    enclosing loop (40 times slower at one token). Widening the bits as integers is not recognised
-    as a convert, so it stays where it is.
+    XLA:CPU has no bfloat16 slice: it converts the whole stack to float32 and hoists that out of
+    the enclosing loop, 40 times slower at one token. Hence the bits are read as integers, and the
+    barrier ties the stack to `row`, which the loop changes, so that nothing of it is hoisted.
     """
     if stack.dtype == jnp.float32:
         return lax.dynamic_index_in_dim(stack, row, 0, keepdims=False)
+    stack, row = lax.optimization_barrier((stack, row))
     bits = lax.bitcast_convert_type(stack, jnp.uint16)
     bits = lax.dynamic_index_in_dim(bits, row, 0, keepdims=False).astype(jnp.uint32)
     return lax.bitcast_convert_type(bits << 16, jnp.float32)
