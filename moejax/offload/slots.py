@@ -130,7 +130,7 @@ def assign(table: SlotTable, slot: jax.Array, granule: jax.Array) -> SlotTable:
 
 
 def write_row(rows: GatedWeights, slot: jax.Array, expert: GatedWeights) -> GatedWeights:
-    """The cache rows with `expert` (leaves without leading axis) at `slot`, in place when donated."""
+    """The rows with `expert` (leaves without leading axis) at `slot`, in place when donated."""
     return jax.tree.map(
         lambda leaf, row: jax.lax.dynamic_update_index_in_dim(leaf, row, slot, 0), rows, expert
     )

@@ -27,6 +27,7 @@ from moejax.layers.attention import KVCache
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, forward, init_cache
 from moejax.offload.prefetch import Scorer
+from moejax.offload.preload import preload
 from moejax.offload.stage import OffloadConfig, OffloadState, init_state, offloaded
 from moejax.offload.store import EXPERT_SPEC
 
@@ -63,6 +64,7 @@ class Engine:
     start: Callable[..., Session]
     prefill: Callable[..., tuple[Session, jax.Array, MoEMetrics]]
     step: Callable[..., tuple[Session, jax.Array, MoEMetrics]]
+    preload: Callable[..., Session]
 
 
 def split_experts(params: DecoderParams, cfg: DecoderConfig) -> tuple[DecoderParams, GatedWeights]:
@@ -106,6 +108,9 @@ def make_engine(
     common = dict(mesh=mesh, out_specs=(specs, P(), P()))
     prefill = jax.shard_map(program.prefill, in_specs=(P(), EXPERT_SPEC, specs, P(), P()), **common)
     step = jax.shard_map(program.step, in_specs=(P(), EXPERT_SPEC, specs), **common)
+    fill = jax.shard_map(
+        program.preload, mesh=mesh, in_specs=(EXPERT_SPEC, specs, P()), out_specs=specs
+    )
     return Engine(
         cfg=cfg,
         mesh=mesh,
@@ -114,6 +119,7 @@ def make_engine(
         start=partial(_start, experts, cfg, mesh, capacity, offload, prediction),
         prefill=jax.jit(prefill, donate_argnums=2),
         step=jax.jit(step, donate_argnums=2),
+        preload=jax.jit(fill, donate_argnums=1),
     )
 
 
@@ -180,6 +186,13 @@ class _Program:
             session = session.replace(offload=state.replace(predictor=begun))
         out, session = self._forward(params, stage, session, session.token[:, None], None)
         return self._emit(session, out.logits[:, 0], out.metrics)
+
+    def preload(self, experts, session, granules):
+        """Fills every rank's cache with `granules` (int32 [n], rank-local rows)."""
+        state = session.offload
+        cache = preload(jax.tree.map(lambda leaf: leaf[0], state.cache), experts, granules)
+        cache = jax.tree.map(lambda leaf: leaf[None], cache)
+        return session.replace(offload=state.replace(cache=cache))
 
     def _stage(self, experts: GatedWeights, scorer: Scorer | None) -> Stage:
         if self.offload is None:

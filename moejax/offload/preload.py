@@ -1,0 +1,38 @@
+"""Fills a slot cache before the first token: hot experts, or all of them.
+
+Axis letters:
+    S  slots    E  experts of this rank    L  MoE layers
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moejax.core.memory import fetch_rows
+from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.offload.policies import lru
+from moejax.offload.slots import SlotCache, assign, choose_slot, write_row
+from moejax.offload.store import flatten
+
+
+def preload(cache: SlotCache, store: GatedWeights, granules: jax.Array) -> SlotCache:
+    """The cache after fetching `granules` (int32 [n], row `layer * E + expert`) in turn.
+
+    Granules that are there already are skipped; when a layer's slots are full its least recently
+    used row goes. Cost: one transfer of an expert each. Call inside jit with the cache donated.
+    """
+    rows, num_experts = flatten(store), store.w_gate.shape[1]
+    nothing_wanted = jnp.zeros((num_experts,), bool)
+
+    def load(_, carry):
+        cache, granule = carry
+        slot, _ = choose_slot(cache.table, granule // num_experts, lru, nothing_wanted)
+        table = assign(cache.table, slot, granule)
+        expert = fetch_rows(rows, granule)
+        return SlotCache(table=table, rows=write_row(cache.rows, slot, expert)), granule
+
+    def visit(i, cache):
+        granule = granules[i]
+        absent = (cache.table.slot_of[granule] < 0).astype(jnp.int32)
+        return jax.lax.fori_loop(0, absent, load, (cache, granule))[0]
+
+    return jax.lax.fori_loop(0, granules.shape[0], visit, cache)
