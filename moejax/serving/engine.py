@@ -30,17 +30,9 @@ from moejax.offload.prefetch import Scorer
 from moejax.offload.preload import preload
 from moejax.offload.stage import OffloadConfig, OffloadState, init_state, offloaded
 from moejax.offload.store import EXPERT_SPEC
+from moejax.serving.prediction import Prediction, begin_token, see_prompt
 
 AXIS = "expert"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """A predictor as the engine uses it: scores, its carry, and what a new token does to it."""
-
-    scorer: Scorer
-    init: Callable[[int], Any]  # batch -> state
-    begin_token: Callable[[Any, jax.Array], Any]  # (state, token [B]) -> state
 
 
 @struct.dataclass(kw_only=True)
@@ -55,12 +47,45 @@ class Session:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Compiled programs and the arrays they read. Build with `make_engine`."""
+    """Programs and the arrays they read. Build with `make_engine`."""
 
     cfg: DecoderConfig
     mesh: Mesh
+    capacity: int
     params: DecoderParams  # without experts
     experts: GatedWeights  # [L, E, ...], on the device or in pinned_host
+    predictor: Any  # parameters of the prediction, or None
+    programs: "Programs"
+
+    def start(self, batch: int, seed: int = 0) -> Session:
+        """An empty session for `batch` sequences."""
+        return self.programs.start(self.predictor, batch=batch, seed=seed)
+
+    def prefill(
+        self, session: Session, tokens: jax.Array, mask: jax.Array
+    ) -> tuple[Session, jax.Array, MoEMetrics]:
+        """Runs prompts int32 [B, S], mask bool [B, S] True on the left; the first new tokens."""
+        check(
+            tokens.shape[1] <= self.capacity,
+            f"a prompt of {tokens.shape[1]} positions exceeds the KV capacity {self.capacity}",
+        )
+        return self.programs.prefill(
+            self.params, self.experts, self.predictor, session, tokens, mask
+        )
+
+    def step(self, session: Session) -> tuple[Session, jax.Array, MoEMetrics]:
+        """Decodes one token int32 [B] per sequence; metrics have a leading L."""
+        return self.programs.step(self.params, self.experts, self.predictor, session)
+
+    def preload(self, session: Session, granules: jax.Array) -> Session:
+        """Fills every rank's cache with `granules` (int32 [n], rank-local `layer * E + expert`)."""
+        return self.programs.preload(self.experts, session, granules)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The jitted functions of an engine; sessions are donated."""
+
     start: Callable[..., Session]
     prefill: Callable[..., tuple[Session, jax.Array, MoEMetrics]]
     step: Callable[..., tuple[Session, jax.Array, MoEMetrics]]
@@ -103,58 +128,76 @@ def make_engine(
         (prediction is None) == (lanes == 0),
         f"prefetch_lanes={lanes} and a prediction go together",
     )
-    program = _Program(cfg, offload, prediction, temperature)
-    specs = Session(kv=P(), token=P(), key=P(), offload=P(AXIS))
-    common = dict(mesh=mesh, out_specs=(specs, P(), P()))
-    prefill = jax.shard_map(program.prefill, in_specs=(P(), EXPERT_SPEC, specs, P(), P()), **common)
-    step = jax.shard_map(program.step, in_specs=(P(), EXPERT_SPEC, specs), **common)
-    fill = jax.shard_map(
-        program.preload, mesh=mesh, in_specs=(EXPERT_SPEC, specs, P()), out_specs=specs
-    )
     return Engine(
         cfg=cfg,
         mesh=mesh,
+        capacity=capacity,
         params=params,
         experts=experts,
-        start=partial(_start, experts, cfg, mesh, capacity, offload, prediction),
-        prefill=jax.jit(prefill, donate_argnums=2),
-        step=jax.jit(step, donate_argnums=2),
+        predictor=prediction.params if prediction else None,
+        programs=make_programs(
+            experts,
+            cfg,
+            mesh,
+            capacity=capacity,
+            offload=offload,
+            prediction=prediction,
+            temperature=temperature,
+        ),
+    )
+
+
+def make_programs(
+    experts: GatedWeights,
+    cfg: DecoderConfig,
+    mesh: Mesh,
+    *,
+    capacity: int,
+    offload: OffloadConfig | None,
+    prediction: Prediction | None,
+    temperature: float = 0.0,
+) -> Programs:
+    """The jitted functions alone; `experts` may be abstract, for ahead-of-time compilation."""
+    body = _Program(cfg, offload, prediction, temperature)
+    session = Session(kv=P(), token=P(), key=P(), offload=P(AXIS))
+    model = (P(), EXPERT_SPEC, P(), session)
+    out = (session, P(), P())
+    prefill = jax.shard_map(body.prefill, mesh=mesh, in_specs=(*model, P(), P()), out_specs=out)
+    step = jax.shard_map(body.step, mesh=mesh, in_specs=model, out_specs=out)
+    fill = jax.shard_map(
+        body.preload, mesh=mesh, in_specs=(EXPERT_SPEC, session, P()), out_specs=session
+    )
+    start = partial(_start, experts, cfg, mesh.shape[AXIS], capacity, offload, prediction)
+    return Programs(
+        start=jax.jit(
+            start,
+            static_argnames=("batch", "seed"),
+            out_shardings=jax.tree.map(partial(jax.NamedSharding, mesh), session),
+        ),
+        prefill=jax.jit(prefill, donate_argnums=3),
+        step=jax.jit(step, donate_argnums=3),
         preload=jax.jit(fill, donate_argnums=1),
     )
 
 
-def _start(experts, cfg, mesh, capacity, offload, prediction, batch: int, seed: int) -> Session:
-    """An empty session for `batch` sequences."""
-    ranks = mesh.shape[AXIS]
-
-    def build():
-        state = None
-        if offload is not None:
-            local = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(
-                    (leaf.shape[0], leaf.shape[1] // ranks, *leaf.shape[2:]), leaf.dtype
-                ),
-                experts,
-            )
-            predictor = prediction.init(batch) if prediction else None
-            state = init_state(local, offload, predictor=predictor)
-            state = jax.tree.map(lambda leaf: jnp.stack([leaf] * ranks), state)
-        return Session(
-            kv=init_cache(cfg, batch, capacity),
-            token=jnp.zeros((batch,), jnp.int32),
-            key=jax.random.key(seed),
-            offload=state,
+def _start(experts, cfg, ranks, capacity, offload, prediction, predictor, *, batch, seed):
+    state = None
+    if offload is not None:
+        local = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                (leaf.shape[0], leaf.shape[1] // ranks, *leaf.shape[2:]), leaf.dtype
+            ),
+            experts,
         )
-
-    specs = Session(kv=P(), token=P(), key=P(), offload=P(AXIS))
-    shapes = jax.eval_shape(build)
-    shardings = jax.tree.map(
-        lambda spec, tree: jax.tree.map(lambda _: jax.NamedSharding(mesh, spec), tree),
-        specs,
-        shapes,
-        is_leaf=lambda node: isinstance(node, P),
+        seen = prediction.init(predictor, batch) if prediction else None
+        state = init_state(local, offload, predictor=seen)
+        state = jax.tree.map(lambda leaf: jnp.stack([leaf] * ranks), state)
+    return Session(
+        kv=init_cache(cfg, batch, capacity),
+        token=jnp.zeros((batch,), jnp.int32),
+        key=jax.random.key(seed),
+        offload=state,
     )
-    return jax.jit(build, out_shardings=shardings)()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,33 +209,30 @@ class _Program:
     prediction: Prediction | None
     temperature: float
 
-    def prefill(self, params, experts, session, tokens, mask):
-        """Runs the prompts [B, S] with mask [B, S]; nothing is prefetched (all experts run)."""
-        stage = self._stage(experts, scorer=None)
-        out, session = self._forward(params, stage, session, tokens, mask)
+    def prefill(self, params, experts, predictor, session, tokens, mask):
+        """Runs the prompts; nothing is prefetched, as a prompt wants nearly every expert."""
+        out, session = self._forward(params, self._stage(experts, None), session, tokens, mask)
+        if self.prediction:
+            seen = see_prompt(_of_rank(session.offload.predictor), out.record.topk_idx, len(tokens))
+            session = _with_predictor(session, seen)
         last = jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
         logits = jnp.take_along_axis(out.logits, last[:, None, None], axis=1)[:, 0]
         return self._emit(session, logits, out.metrics)
 
-    def step(self, params, experts, session):
-        """Decodes one token per sequence."""
-        stage = self._stage(experts, self.prediction and self.prediction.scorer)
+    def step(self, params, experts, predictor, session):
+        scorer = None
         if self.prediction:
-            state = session.offload
-            begun = self.prediction.begin_token(
-                jax.tree.map(lambda leaf: leaf[0], state.predictor), session.token
-            )
-            begun = jax.tree.map(lambda leaf: leaf[None], begun)
-            session = session.replace(offload=state.replace(predictor=begun))
+            scorer = self.prediction.scorer(predictor)
+            begun = begin_token(_of_rank(session.offload.predictor), session.token)
+            session = _with_predictor(session, begun)
+        stage = self._stage(experts, scorer)
         out, session = self._forward(params, stage, session, session.token[:, None], None)
         return self._emit(session, out.logits[:, 0], out.metrics)
 
     def preload(self, experts, session, granules):
-        """Fills every rank's cache with `granules` (int32 [n], rank-local rows)."""
         state = session.offload
-        cache = preload(jax.tree.map(lambda leaf: leaf[0], state.cache), experts, granules)
-        cache = jax.tree.map(lambda leaf: leaf[None], cache)
-        return session.replace(offload=state.replace(cache=cache))
+        cache = preload(_of_rank(state.cache), experts, granules)
+        return session.replace(offload=state.replace(cache=_as_rank(cache)))
 
     def _stage(self, experts: GatedWeights, scorer: Scorer | None) -> Stage:
         if self.offload is None:
@@ -200,12 +240,11 @@ class _Program:
         return offloaded(experts, self.offload, scorer=scorer, axis=AXIS)
 
     def _forward(self, params, stage, session, tokens, mask):
-        state = jax.tree.map(lambda leaf: leaf[0], session.offload)
+        state = _of_rank(session.offload)
         out = forward(
             params, tokens, self.cfg, cache=session.kv, mask=mask, stage=stage, stage_state=state
         )
-        offload = jax.tree.map(lambda leaf: leaf[None], out.stage_state)
-        return out, session.replace(kv=out.cache, offload=offload)
+        return out, session.replace(kv=out.cache, offload=_as_rank(out.stage_state))
 
     def _emit(self, session, logits, metrics):
         key, draw = jax.random.split(session.key)
@@ -215,3 +254,16 @@ class _Program:
             token = jnp.argmax(logits, axis=-1)
         token = token.astype(jnp.int32)
         return session.replace(token=token, key=key), token, metrics
+
+
+def _of_rank(tree):
+    """This rank's part of a session tree: without the leading rank axis."""
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _as_rank(tree):
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def _with_predictor(session, state):
+    return session.replace(offload=session.offload.replace(predictor=_as_rank(state)))

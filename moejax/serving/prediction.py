@@ -1,0 +1,78 @@
+"""Predictors as the engine carries them: parameters, a scorer over them, and per-sequence state."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from moejax.models.config import DecoderConfig
+from moejax.models.decoder import DecoderParams
+from moejax.offload.prefetch import Scorer
+from moejax.predictors import scorers
+from moejax.predictors.features import HistoryState, init_history_state, observe_prompt
+from moejax.predictors.history import HistoryParams
+from moejax.predictors.residual import ResidualParams
+from moejax.routing.gates import RouterParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What to prefetch.
+
+    Attributes:
+        params: arrays of the predictor, an argument of the compiled step.
+        scorer: params -> `offload.prefetch.Scorer`.
+        init: (params, batch) -> state before the first token, None for stateless predictors.
+    """
+
+    params: Any
+    scorer: Callable[[Any], Scorer]
+    init: Callable[[Any, int], HistoryState | None] = lambda params, batch: None
+
+
+def begin_token(state: HistoryState | None, token: jax.Array) -> HistoryState | None:
+    """Tells the predictor the tokens int32 [B] that the step is about to run."""
+    return scorers.begin_token(state, token)
+
+
+def see_prompt(state: HistoryState | None, topk_idx: jax.Array, batch: int) -> HistoryState | None:
+    """Tells the predictor the routing of a prefill, int32 [L, B * S, K]."""
+    if state is None:
+        return None
+    layers, _, top_k = topk_idx.shape
+    return observe_prompt(state, topk_idx.reshape(layers, batch, -1, top_k))
+
+
+def stack_routers(params: DecoderParams, cfg: DecoderConfig) -> RouterParams:
+    """The routers of all MoE layers with leading axis L."""
+    (layers,) = [g for g, group in zip(params.groups, cfg.groups, strict=True) if group.moe]
+    return layers.mlp.router
+
+
+def next_gate(params: DecoderParams, cfg: DecoderConfig) -> Prediction:
+    """The next layer's own router on this layer's gate input."""
+    router_cfg = cfg.moe.router
+    return Prediction(
+        params=stack_routers(params, cfg),
+        scorer=lambda routers: scorers.next_gate_scorer(routers, router_cfg),
+    )
+
+
+def residual(learned: ResidualParams, params: DecoderParams, cfg: DecoderConfig) -> Prediction:
+    """Learned look-ahead on the hidden state."""
+    router_cfg = cfg.moe.router
+    return Prediction(
+        params=(learned, stack_routers(params, cfg)),
+        scorer=lambda both: scorers.residual_scorer(*both, router_cfg),
+    )
+
+
+def history(learned: HistoryParams, cfg: DecoderConfig) -> Prediction:
+    """Routing history alone."""
+    top_k = cfg.moe.router.top_k
+    return Prediction(
+        params=learned,
+        scorer=scorers.history_scorer,
+        init=lambda params, batch: init_history_state(params.popularity, batch, top_k),
+    )
