@@ -1,0 +1,1 @@
+"""Predicting the experts of the next MoE layer: features, predictors, fitting, evaluation."""

@@ -1,0 +1,157 @@
+"""How good a prediction is, in the units that offloading pays in. numpy.
+
+All figures are per target layer and over valid tokens of held-out sequences; padding counts
+nowhere. Ties go to the lower expert id, as in the gates.
+
+    recall          fraction of the chosen (token, expert) pairs among the token's m best scores
+    exact_set       fraction of tokens whose m = k best are exactly the chosen k
+    weight_mass     as recall, each pair weighed by its router weight
+    token_coverage  as recall, when the m experts are picked once for a batch of sequences
+    wasted_bytes    bytes per token fetched for the m best and not chosen
+
+Axis letters:
+    L  MoE layers    B  sequences    S  positions    K  experts per token    E  experts
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from moejax.core.errors import InputError, check
+from moejax.predictors import next_gate
+from moejax.predictors.baselines import one_hot_sets
+from moejax.predictors.features import Recording
+from moejax.predictors.mlp import select
+from moejax.routing.config import RouterConfig
+from moejax.routing.gates import RouterParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures of one predictor; every list has one entry per target layer 1 .. L - 1."""
+
+    recall: dict[int, list[float]]  # by m
+    exact_set: list[float]
+    weight_mass: dict[int, list[float]]  # by m
+    token_coverage: dict[int, list[float]]  # by m
+    wasted_bytes: dict[int, list[float]]  # by m, bytes per token
+
+    def mean_recall(self, m: int) -> float:
+        """Mean of recall@m over the target layers."""
+        return float(np.mean(self.recall[m]))
+
+
+def default_sizes(top_k: int, num_experts: int) -> tuple[int, ...]:
+    """k, k + 2 and 2 k, as far as there are experts."""
+    return tuple(sorted({min(m, num_experts) for m in (top_k, top_k + 2, 2 * top_k)}))
+
+
+def evaluate(
+    scores: np.ndarray,
+    recording: Recording,
+    *,
+    expert_bytes: int,
+    sizes: Sequence[int] | None = None,
+    coverage_batch: int = 16,
+) -> Evaluation:
+    """Scores [L - 1, B, S, E] against the choices of layers 1 .. L - 1.
+
+    Args:
+        expert_bytes: bytes of one expert.
+        sizes: the m to report, by default k, k + 2 and 2 k.
+        coverage_batch: sequences decoded side by side for `token_coverage`; tokens of the same
+            position in that many neighbouring sequences form one batch, B % batch are left out.
+    """
+    chosen = recording.topk_idx[1:]
+    top_k, num_experts = chosen.shape[-1], scores.shape[-1]
+    check(
+        scores.shape[:-1] == chosen.shape[:-1],
+        f"scores are {scores.shape}, the choices to predict are {chosen.shape}",
+    )
+    sizes = tuple(sizes or default_sizes(top_k, num_experts))
+    check(
+        1 <= min(sizes) and max(sizes) <= num_experts,
+        f"sizes={sizes} must be between 1 and num_experts={num_experts}",
+    )
+    rank, real = _ranks(scores, chosen)
+    weights = np.where(real, recording.topk_weights[1:], 0.0)
+    tokens = np.maximum(real.any(-1).sum((1, 2)), 1)
+
+    def share(part: np.ndarray, whole: np.ndarray) -> list[float]:
+        return (part.sum((1, 2, 3)) / np.maximum(whole.sum((1, 2, 3)), 1e-20)).tolist()
+
+    hit = {m: rank < m for m in sizes}
+    exact = (rank < top_k).all(-1)
+    return Evaluation(
+        recall={m: share(hit[m], real) for m in sizes},
+        exact_set=(exact.sum((1, 2)) / tokens).tolist(),
+        weight_mass={m: share(hit[m] * weights, weights) for m in sizes},
+        token_coverage=token_coverage(scores, chosen, sizes, coverage_batch),
+        wasted_bytes={
+            m: (expert_bytes * (m - hit[m].sum((1, 2, 3)) / tokens)).tolist() for m in sizes
+        },
+    )
+
+
+def token_coverage(
+    scores: np.ndarray, chosen: np.ndarray, sizes: Sequence[int], batch: int
+) -> dict[int, list[float]]:
+    """Recall when one set of m experts is picked for `batch` sequences.
+
+    Every token votes for the k experts that it scores highest; the votes' mean softmax orders
+    experts with as many votes.
+    """
+    targets, sequences, length, num_experts = scores.shape
+    top_k, batch = chosen.shape[-1], min(batch, sequences)
+    groups = sequences // batch
+    shape = (targets, groups, batch, length, -1)
+    asked = np.swapaxes(chosen[:, : groups * batch].reshape(shape), 2, 3)
+    asked = asked.reshape(targets, groups * length, batch * top_k)
+    scores, chosen = scores[:, : groups * batch], chosen[:, : groups * batch]
+    share = np.exp(scores - scores.max(-1, keepdims=True))
+    share /= share.sum(-1, keepdims=True) * (batch + 1)
+    best = np.argsort(-scores, axis=-1, kind="stable")[..., :top_k]
+    votes = share + one_hot_sets(best, num_experts)
+    votes *= (chosen < num_experts).any(-1, keepdims=True)
+    votes = votes.reshape(shape).sum(2).reshape(targets, groups * length, num_experts)
+    rank, real = _ranks(votes, asked)
+    total = np.maximum(real.sum((1, 2)), 1)
+    return {m: ((rank < m).sum((1, 2)) / total).tolist() for m in sizes}
+
+
+def _ranks(scores: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rank [..., K] of each chosen [..., K] in scores [..., E], E for padding; and what is real."""
+    num_experts = scores.shape[-1]
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    rank = np.argsort(order, axis=-1, kind="stable")  # the inverse permutation
+    real = chosen < num_experts
+    rank = np.take_along_axis(rank, np.where(real, chosen, 0), axis=-1)
+    return np.where(real, rank, num_experts), real
+
+
+def check_fresh_gate(recording: Recording, routers: RouterParams, cfg: RouterConfig) -> None:
+    """The control of every look-ahead figure: a layer's own gate on its own input reads 100 %.
+
+    Catches transposed routers, a forgotten correction bias or group mask, and activations of other
+    tokens. Scores within 1e-5 of the k-th best count as chosen: the recording was compiled in
+    another shape and may round differently. Raises `InputError` otherwise.
+    """
+    ask = jax.jit(next_gate.own_scores, static_argnames="cfg")
+    for layer, (hidden, chosen) in enumerate(
+        zip(recording.activations, recording.topk_idx, strict=True)
+    ):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        scores = np.asarray(ask(select(routers, layer), flat, cfg=cfg))
+        chosen = chosen.reshape(-1, cfg.top_k)
+        real = chosen < cfg.num_experts
+        best = np.sort(scores, axis=-1)[:, -cfg.top_k, None]
+        got = np.take_along_axis(scores, np.where(real, chosen, 0), axis=-1)
+        near = got >= best - 1e-5 * (1 + np.abs(best))
+        read = float(near[real].mean())
+        if read < 1.0:
+            raise InputError(
+                f"fresh-gate control reads {read:.2%} in MoE layer {layer}, not 100 %: the routers "
+                "and the hidden states are not those that made the recorded choices"
+            )
