@@ -10,6 +10,7 @@ Axis letters:
     S  largest size, sizes[-1]  C  chunks at most, min(M // S + G, M)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from flax import struct
 from jax import lax
 
 from moejax.core.errors import check
+from moejax.kernels.rows import from_bits, pad_rows, put, read_row, to_bits, window
 
 # From this many rows a matrix product shares each weight between rows; below, one row at a time
 # reads the same bytes (top-k experts of a token are distinct) and needs no branch.
@@ -111,22 +113,6 @@ def switch_size(
     return lax.switch(size_class, [branch(size) for size in sizes], *operands)
 
 
-def window(rows: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """`rows[start : start + size]` of [M, D] for a traced `start`."""
-    return lax.dynamic_slice_in_dim(rows, start, size, 0)
-
-
-def put(rows: jax.Array, update: jax.Array, start: jax.Array) -> jax.Array:
-    """`rows` with `update` written from row `start` on, in place inside a loop."""
-    return lax.dynamic_update_slice_in_dim(rows, update, start, 0)
-
-
-def pad_rows(rows: jax.Array, size: int) -> jax.Array:
-    """`rows` [M, D] with zero rows appended to `size` rows."""
-    missing = size - rows.shape[0]
-    return rows if missing == 0 else jnp.pad(rows, ((0, missing), (0, 0)))
-
-
 def zero_tail(y: jax.Array, num_rows: jax.Array, *, sizes: tuple[int, ...]) -> jax.Array:
     """Zeroes what the last chunk spilled past `num_rows` rows of `y` [M + S, D]."""
     return put(y, jnp.zeros((sizes[-1], y.shape[1]), y.dtype), num_rows)
@@ -151,13 +137,6 @@ def fold_groups(
     largest = sizes[-1]
     nonempty = jnp.flatnonzero(group_sizes > 0, size=group_sizes.shape[0], fill_value=0)
 
-    def run_chunk(i, rows, row, branch_of):
-        start, own_rows = plan.row[i], plan.rows[i]
-        old = window(rows, start, largest)
-        new, addends = branch_of(i)(old, start, own_rows, row)
-        own = (jnp.arange(largest) < own_rows)[:, None]
-        return put(rows, jnp.where(own, new, old), start), addends
-
     def branch(size):
         def run(*operands):
             new, addends = chunk(size, *operands)
@@ -165,30 +144,38 @@ def fold_groups(
 
         return run
 
-    def body(j, carry):
-        rows, totals = carry
+    def run_chunk(i, bits, row, run):
+        start, own_rows = plan.row[i], plan.rows[i]
+        old = from_bits(window(bits, start, largest), rows.dtype)
+        new, addends = run(old, start, own_rows, row)
+        own = (jnp.arange(largest) < own_rows)[:, None]
+        return put(bits, to_bits(jnp.where(own, new, old)), start), addends
+
+    def fold_group(j, carry):
+        bits, total_bits = carry
         group = nonempty[j]
         row = group if group_rows is None else group_rows[group]
         last = plan.first_chunk[group + 1] - 1
-
-        def any_size(i):
-            return lambda *operands: switch_size(plan.size_class[i], sizes, branch, *operands)
-
         # Only the last chunk of a group can be smaller than S: one switch per group suffices.
-        first = run_chunk(last, rows, row, any_size)
+        any_size = functools.partial(switch_size, plan.size_class[last], sizes, branch)
+        first = run_chunk(last, bits, row, any_size)
 
         def add_full(i, carry):
-            rows, sums = carry
-            rows, addends = run_chunk(i, rows, row, lambda _: branch(largest))
-            return rows, jax.tree.map(jnp.add, sums, addends)
+            bits, sums = carry
+            bits, addends = run_chunk(i, bits, row, branch(largest))
+            return bits, jax.tree.map(jnp.add, sums, addends)
 
-        rows, sums = lax.fori_loop(plan.first_chunk[group], last, add_full, first)
+        bits, sums = lax.fori_loop(plan.first_chunk[group], last, add_full, first)
 
-        def store(total, value):
+        def store(stored, value, total):
             if group_rows is not None:
-                value += total[row].astype(value.dtype)
-            return lax.dynamic_update_index_in_dim(total, value.astype(total.dtype), row, 0)
+                value += read_row(stored, row)
+            value = to_bits(value.astype(total.dtype))
+            return lax.dynamic_update_index_in_dim(stored, value, row, 0)
 
-        return rows, jax.tree.map(store, totals, sums)
+        return bits, jax.tree.map(store, total_bits, sums, totals)
 
-    return lax.fori_loop(0, jnp.sum(group_sizes > 0), body, (rows, totals))
+    carry = (to_bits(rows), jax.tree.map(to_bits, totals))
+    bits, total_bits = lax.fori_loop(0, jnp.sum(group_sizes > 0), fold_group, carry)
+    totals = jax.tree.map(lambda b, total: from_bits(b, total.dtype), total_bits, totals)
+    return from_bits(bits, rows.dtype), totals

@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from moejax.core.errors import InputError
 
 _LOGGER = logging.getLogger("moejax.kernels")
@@ -55,6 +57,25 @@ def run_first(
         return result, choice
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
     raise NotImplementedError(f"{op}: every implementation refused: {reasons}")
+
+
+def explain_first(
+    op: str,
+    backends: dict[str, Callable[..., Any]],
+    implementation: Implementation,
+    *args: Any,
+    **kwargs: Any,
+) -> Choice:
+    """The choice that `run_first` makes, from shapes alone; arrays or `ShapeDtypeStruct`s."""
+    choices: list[Choice] = []
+
+    def run(*args: Any) -> Any:
+        result, choice = run_first(op, backends, implementation, *args, **kwargs)
+        choices.append(choice)
+        return result
+
+    jax.eval_shape(run, *args)
+    return choices[0]
 
 
 @functools.cache

@@ -4,17 +4,17 @@ Axis letters:
     M  rows      G  groups      R  rows of the weight stack      D  model dim      F  hidden dim
 """
 
-import functools
 from typing import Any
 
 import jax
 
-from moejax.kernels.grouped_ffn import blocked, reference
+from moejax.kernels.grouped_ffn import blocked, reference, tokamax
 from moejax.kernels.grouped_ffn.weights import Activation, GatedWeights
-from moejax.kernels.pick import Choice, Implementation, run_first
+from moejax.kernels.pick import Choice, Implementation, explain_first, run_first
 
 # In order of preference; `reference` costs G times the work.
 BACKENDS = {
+    "tokamax": tokamax.grouped_ffn,
     "blocked": blocked.grouped_ffn,
     "reference": reference.grouped_ffn,
 }
@@ -45,8 +45,5 @@ def grouped_ffn(
 
 
 def explain(*args: Any, implementation: Implementation = None, **kwargs: Any) -> Choice:
-    """What `grouped_ffn` would pick for these operands (arrays or ShapeDtypeStructs), and why."""
-    run = functools.partial(run_first, "grouped_ffn", BACKENDS, implementation)
-    chosen: list[Choice] = []
-    jax.eval_shape(lambda *args: chosen.append(run(*args, **kwargs)[1]), *args)
-    return chosen[0]
+    """What `grouped_ffn` would pick for these operands (or ShapeDtypeStructs), and why."""
+    return explain_first("grouped_ffn", BACKENDS, implementation, *args, **kwargs)

@@ -21,20 +21,26 @@ from jax import lax
 from moejax.kernels.chunks import (
     ChunkPlan,
     fold_groups,
-    pad_rows,
     pick_sizes,
     plan_chunks,
-    put,
     switch_size,
-    window,
     zero_tail,
 )
 from moejax.kernels.grouped_ffn.weights import (
     GatedWeights,
     activation_fn,
     check_shapes,
+)
+from moejax.kernels.rows import (
+    dot_nt,
+    dot_tn,
+    from_bits,
+    pad_rows,
+    put,
     read_row,
     refuse_dtypes,
+    to_bits,
+    window,
 )
 from moejax.kernels.vma import vary_together
 
@@ -54,8 +60,9 @@ def run_chunks(
     """Computes chunks `[begin, end)` of `plan` into `y`. Forward only.
 
     `xs` and `y` are [M + S, D]: sorted rows and S rows of padding. `group_rows` (int32 [G]) says
-    which row of the weight stack serves a group. Weights may be float32 or bfloat16 and the carry
-    of an outer loop: they are only read, row by row. Products accumulate in float32.
+    which row of the weight stack serves a group. Weights are float32, bfloat16, or uint16 that
+    holds the bits of bfloat16 (`rows.to_bits`: what a loop on CPU can write to in place). They may
+    be the carry of an outer loop: they are only read, row by row. Sums are in float32.
 
     A chunk writes S rows; those that are not its own hold rubbish until the next chunk, so chunks
     must be run in order, and `zero_tail` called after the last chunk of all. Cost: each chunk
@@ -80,7 +87,7 @@ def grouped_ffn(
     dtype of `xs`. `sizes` overrides `pick_sizes(M)`.
     """
     check_shapes(xs, weights, group_sizes, group_rows)
-    refuse_dtypes(xs, weights)
+    refuse_dtypes(xs=xs, w_gate=weights.w_gate, w_up=weights.w_up, w_down=weights.w_down)
     activation_fn(activation)
     sizes = sizes or pick_sizes(xs.shape[0])
     xs, weights, group_sizes, group_rows = vary_together(xs, weights, group_sizes, group_rows)
@@ -118,7 +125,7 @@ def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes, activatio
             up = x @ read_row(weights.w_up, row)
             y = (act(gate) * up) @ read_row(weights.w_down, row)
             results = (y, gate, up) if keep else (y,)
-            return tuple(pad_rows(r.astype(xs.dtype), sizes[-1]) for r in results)
+            return tuple(pad_rows(to_bits(r.astype(xs.dtype)), sizes[-1]) for r in results)
 
         return run
 
@@ -130,7 +137,8 @@ def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes, activatio
         return tuple(put(o, r, start) for o, r in zip(out, results, strict=True))
 
     with jax.named_scope("grouped_ffn"):
-        return lax.fori_loop(begin, end, body, out)
+        bits = lax.fori_loop(begin, end, body, tuple(to_bits(o) for o in out))
+        return tuple(from_bits(b, o.dtype) for b, o in zip(bits, out, strict=True))
 
 
 def _grouped_ffn_fwd(xs, weights, group_sizes, group_rows, sizes, activation):
@@ -167,25 +175,15 @@ def _chunk_grad(xs, gate, up, weights, activation, size, grad, start, rows, row)
     )
     dy = jnp.where(own, grad[:size].astype(jnp.float32), 0)
     hidden, act_vjp = jax.vjp(activation_fn(activation), gate)
-    d_hidden = _dot_nt(dy, read_row(weights.w_down, row))
+    d_hidden = dot_nt(dy, read_row(weights.w_down, row))
     (d_gate,) = act_vjp(d_hidden * up)
     d_up = d_hidden * hidden
-    dx = _dot_nt(d_gate, read_row(weights.w_gate, row))
-    dx += _dot_nt(d_up, read_row(weights.w_up, row))
+    dx = dot_nt(d_gate, read_row(weights.w_gate, row))
+    dx += dot_nt(d_up, read_row(weights.w_up, row))
     grads = GatedWeights(
-        w_gate=_dot_tn(x, d_gate), w_up=_dot_tn(x, d_up), w_down=_dot_tn(hidden * up, dy)
+        w_gate=dot_tn(x, d_gate), w_up=dot_tn(x, d_up), w_down=dot_tn(hidden * up, dy)
     )
     return dx, grads
-
-
-def _dot_nt(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b.T"""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())))
-
-
-def _dot_tn(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a.T @ b"""
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
 _grouped_ffn.defvjp(_grouped_ffn_fwd, _grouped_ffn_bwd)

@@ -11,7 +11,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 
 from moejax.core.errors import InputError, check
 
@@ -64,25 +63,3 @@ def check_shapes(
             group_rows.shape == group_sizes.shape,
             f"group_rows has shape {group_rows.shape}, group_sizes has {group_sizes.shape}",
         )
-
-
-def read_row(stack: jax.Array, row: jax.Array) -> jax.Array:
-    """`stack[row]` [A, B] in float32, of a float32 or bfloat16 stack [R, A, B].
-
-    XLA:CPU has no bfloat16 slice: it converts the whole stack to float32 and hoists that out of
-    the enclosing loop, 40 times slower at one token. Hence the bits are read as integers, and the
-    barrier ties the stack to `row`, which the loop changes, so that nothing of it is hoisted.
-    """
-    if stack.dtype == jnp.float32:
-        return lax.dynamic_index_in_dim(stack, row, 0, keepdims=False)
-    stack, row = lax.optimization_barrier((stack, row))
-    bits = lax.bitcast_convert_type(stack, jnp.uint16)
-    bits = lax.dynamic_index_in_dim(bits, row, 0, keepdims=False).astype(jnp.uint32)
-    return lax.bitcast_convert_type(bits << 16, jnp.float32)
-
-
-def refuse_dtypes(xs: jax.Array, weights: GatedWeights) -> None:
-    """Raises `NotImplementedError` unless everything is float32 or bfloat16."""
-    for name, array in (("xs", xs), *weights.__dict__.items()):
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise NotImplementedError(f"{name} is {array.dtype}, not float32 or bfloat16")
