@@ -36,7 +36,9 @@ def check_shapes(
 
 def result_dtype(lhs: jax.Array, rhs: jax.Array, preferred: jnp.dtype | None) -> jnp.dtype:
     """`preferred_element_type`, or the wider of both operands."""
-    return jnp.dtype(preferred) if preferred else jnp.promote_types(lhs.dtype, rhs.dtype)
+    if preferred is not None:
+        return jnp.dtype(preferred)
+    return max(lhs.dtype, rhs.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def local_groups(
