@@ -215,9 +215,18 @@ def notes(figures: dict[str, Any]) -> list[str]:
     cycle, lines = figures["experts_of_one_token_mib"], []
     over = figures["decode_calls_over_budget"].values()
     if any(count for row in over for count in row.values()):
+        lines.append("* one decode call needs more than its layer's share, and overruns it.")
+    overrun = [
+        (peak, policy, key)
+        for policy, row in figures["peak_mib"].items()
+        for key, peak in row.items()
+        if peak > float(key) + 0.001  # the report rounds
+    ]
+    if overrun:
+        peak, policy, key = max(overrun)
         lines.append(
-            "* a decode call alone needs more than the budget of its layer and overruns it;"
-            " peak_mib in the report says by how much"
+            f"Up to {peak:.0f} MiB are in use ({policy} at {key}): a prompt's experts stay until "
+            "the next call on their layer, which favours the first decoded token."
         )
     budgets = [float(key) for key in next(iter(figures["hit_rate"].values()))]
     lines.append(f"One token uses {cycle:.0f} MiB of experts (sum over layers of top_k x bytes).")
