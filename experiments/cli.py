@@ -2,6 +2,7 @@
 
 import datetime
 import errno
+import glob
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, Literal
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from moejax.core.errors import InputError
 
@@ -42,10 +43,21 @@ def run(main: Callable[[], None]) -> None:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
+    _settle_platform()
     app.run(guarded, flags_parser=_parse)
 
 
+def _settle_platform() -> None:
+    """Keeps an installed libtpu from searching for a TPU, loudly, on a machine that has none."""
+    import jax
+
+    devices = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+    if not os.environ.get("JAX_PLATFORMS") and not any(glob.glob(path) for path in devices):
+        jax.config.update("jax_platforms", "cpu")
+
+
 def _parse(argv: list[str]) -> list[str]:
+    logging.set_verbosity(logging.WARNING)  # --verbosity=0 shows which kernels were picked
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:

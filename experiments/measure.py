@@ -1,0 +1,62 @@
+"""Bandwidths of this machine, measured in the run that reports a fraction of them."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.core.memory import fetch_rows
+from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.offload.store import expert_bytes, flatten
+
+
+def _best_seconds(run, repeats: int) -> float:
+    jax.block_until_ready(run())
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def stream_read_bytes_per_s(mib: int = 256, repeats: int = 7) -> float:
+    """Best device read rate: a matrix-vector product over `mib` MiB of float32."""
+    columns = 1024
+    matrix = jnp.ones((mib * 2**20 // (4 * columns), columns), jnp.float32)
+    vector = jnp.ones((columns,), jnp.float32)
+    product = jax.jit(lambda m, v: m @ v)
+    return matrix.nbytes / _best_seconds(lambda: product(matrix, vector), repeats)
+
+
+def host_fetch_bytes_per_s(store: GatedWeights, experts: int = 64, repeats: int = 7) -> float:
+    """Best host-to-device rate: compiled fetches of random experts into device rows.
+
+    The same slices that the offloaded step issues, `experts` of them in one program, into a
+    donated buffer. `store` has leaves [L, E, ...] in `pinned_host`.
+    """
+    granules = store.w_gate.shape[0] * store.w_gate.shape[1]
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, granules, experts), jnp.int32)
+    rows = jax.tree.map(lambda leaf: jnp.zeros((experts, *leaf.shape[2:]), leaf.dtype), store)
+
+    def fill(store, rows, ids):
+        flat = flatten(store)
+
+        def bring(i, rows):
+            fetched = fetch_rows(flat, ids[i])
+            return jax.tree.map(
+                lambda a, row: jax.lax.dynamic_update_index_in_dim(a, row, i, 0), rows, fetched
+            )
+
+        return jax.lax.fori_loop(0, experts, bring, rows)
+
+    program = jax.jit(fill, donate_argnums=1)
+    state = [program(store, rows, ids)]
+    jax.block_until_ready(state[0])
+
+    def run():
+        state[0] = program(store, state[0], ids)
+        return state[0]
+
+    return experts * expert_bytes(store) / _best_seconds(run, repeats)

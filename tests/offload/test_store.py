@@ -1,0 +1,38 @@
+"""The host store lives in pinned memory and is cut per rank."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.core.errors import InputError
+from moejax.core.memory import fetch_rows, memory_kinds
+from moejax.core.mesh import make_mesh
+from moejax.experts.gated import init_experts
+from moejax.offload.store import expert_bytes, flatten, to_device, to_host
+
+
+@pytest.fixture
+def experts(key):
+    return init_experts(key, (2, 6), 8, 4, out_scale=1.0, dtype=jnp.float32)
+
+
+def test_kinds_shards_and_bytes(experts):
+    mesh = make_mesh(expert=2)
+    host = to_host(experts, mesh)
+    assert memory_kinds(host) == {"pinned_host"}
+    assert host.w_gate.addressable_shards[1].data.shape == (2, 3, 8, 4)
+    assert memory_kinds(to_device(experts, mesh)) == {"device"}
+    assert expert_bytes(experts) == 3 * 8 * 4 * 4
+
+
+def test_experts_must_divide_over_the_ranks(experts):
+    with pytest.raises(InputError, match="num_experts=6 is not divisible by expert axis size 4"):
+        to_host(experts, make_mesh(expert=4))
+
+
+def test_flatten_rows_are_layer_major_and_fetchable(experts):
+    host = to_host(experts, make_mesh())
+    row = jax.jit(lambda s, i: fetch_rows(flatten(s), i))(host, jnp.int32(6 + 2))
+    assert memory_kinds(row) == {"device"}
+    np.testing.assert_array_equal(row.w_down, experts.w_down[1, 2])
