@@ -5,8 +5,9 @@ from jax.experimental import compute_on as _compute_on
 
 JAX_VERSION: tuple[int, ...] = tuple(int(p) for p in jax.__version__.split(".")[:3])
 
-# jax 0.10.2 and 0.11.0: `compute_on2(f, compute_type=...)` wraps a function and `compute_on` is a
-# context manager. From 0.11.1 `compute_on` is the wrapper and `compute_on2` is gone.
+# jax 0.10.2 and 0.11.0: `compute_on2(f, compute_type=..., out_memory_spaces=...)` wraps a function
+# and `compute_on` is a context manager. From 0.11.1 `compute_on` is the wrapper and `compute_on2`
+# is gone.
 compute_on = getattr(_compute_on, "compute_on2", None) or _compute_on.compute_on
 
 HOST = jax.memory.Space.Host

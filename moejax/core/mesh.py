@@ -27,6 +27,10 @@ def make_mesh(
 
     Raises `InputError` when there are fewer devices than that.
     """
+    for axis, size in zip(AXES, (data, expert, model), strict=True):
+        check(size >= 1, f"mesh axis {axis}={size} must be at least 1")
+    kinds = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+    check(axis_type in kinds, f"axis_type={axis_type!r} is not one of {list(kinds)}")
     devices = list(jax.devices()) if devices is None else list(devices)
     size = data * expert * model
     check(
@@ -34,9 +38,8 @@ def make_mesh(
         f"mesh data={data} expert={expert} model={model} wants {size} devices, "
         f"found {len(devices)}",
     )
-    kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[axis_type]
     grid = np.array(devices[:size]).reshape(data, expert, model)
-    return Mesh(grid, AXES, axis_types=(kind,) * 3)
+    return Mesh(grid, AXES, axis_types=(kinds[axis_type],) * 3)
 
 
 def check_divisible(num_experts: int, mesh: Mesh) -> int:

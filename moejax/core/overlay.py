@@ -29,14 +29,9 @@ def overlay(config: Config, assignments: list[str]) -> Config:
             raise InputError(f"--set {assignment!r} has no '='; write field.name=value")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):  # TypeError: "{[]: 1}" and its kind
             value = text
-        try:
-            config = _replace(config, path.split("."), value, path)
-        except InputError:
-            raise
-        except ValueError as error:  # a config's own __post_init__ refused it
-            raise InputError(f"--set {assignment}: {error}") from error
+        config = _replace(config, path.split("."), value, path)
     return config
 
 
@@ -48,32 +43,45 @@ def _replace(node: Any, names: list[str], value: Any, path: str) -> Any:
     if name not in fields:
         raise InputError(f"--set {path}: {type(node).__name__} has no field {name!r}; has {fields}")
     if rest:
-        inner = _replace(getattr(node, name), rest, value, path)
-        return dataclasses.replace(node, **{name: inner})
+        return _rebuild(node, name, _replace(getattr(node, name), rest, value, path), path)
     want = typing.get_type_hints(type(node))[name]
-    if want is float and type(value) is int:
-        value = float(value)
-    if not _accepts(want, value):
-        raise InputError(f"--set {path} wants {_spell(want)}, got {value!r}")
-    return dataclasses.replace(node, **{name: value})
+    try:
+        value = _fit(want, value)
+    except (TypeError, OverflowError) as error:
+        raise InputError(f"--set {path} wants {_spell(want)}, got {value!r}") from error
+    return _rebuild(node, name, value, path)
+
+
+def _rebuild(node: Any, name: str, value: Any, path: str) -> Any:
+    try:
+        return dataclasses.replace(node, **{name: value})
+    except ValueError as error:  # the config's own __post_init__ refused it
+        raise InputError(f"--set {path}: {error}") from error
 
 
 def _spell(want: Any) -> str:
-    return want.__name__ if isinstance(want, type) else str(want).replace("typing.", "")
+    plain = isinstance(want, type) and not typing.get_args(want)
+    return want.__name__ if plain else str(want).replace("typing.", "")
 
 
-def _accepts(want: Any, value: Any) -> bool:
+def _fit(want: Any, value: Any) -> Any:
+    """`value`, with ints as floats where `want` says float; TypeError when it does not fit."""
     args, origin = typing.get_args(want), typing.get_origin(want)
     if origin is typing.Literal:
-        return value in args
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if len(args) == 2 and args[1] is Ellipsis:
-            return all(_accepts(args[0], item) for item in value)
-        return len(args) == len(value) and all(
-            _accepts(a, v) for a, v in zip(args, value, strict=True)
-        )
-    if origin in (typing.Union, types.UnionType):
-        return any(_accepts(arg, value) for arg in args)
-    return type(value) is want
+        if any(type(value) is type(arg) and value == arg for arg in args):
+            return value
+    elif origin is tuple and isinstance(value, tuple):
+        wants = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
+        if len(wants) == len(value):
+            return tuple(_fit(w, v) for w, v in zip(wants, value, strict=True))
+    elif origin in (typing.Union, types.UnionType):
+        for arg in args:
+            try:
+                return _fit(arg, value)
+            except TypeError:
+                continue
+    elif want is float and type(value) is int:
+        return float(value)
+    elif type(value) is want:
+        return value
+    raise TypeError(f"{value!r} is not {want}")
