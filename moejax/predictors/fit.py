@@ -23,44 +23,13 @@ import optax
 
 from moejax.core.errors import check
 from moejax.predictors import history, next_gate, residual
+from moejax.predictors.config import FitConfig
 from moejax.predictors.features import Recording, multi_hot, popularity, recorded_features
 from moejax.routing.config import RouterConfig
 from moejax.routing.gates import RouterParams
 
 Tree = Any
 Progress = Callable[[float, int, float], None]  # fraction of the horizon, step, loss
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """How long and how wide.
-
-    Attributes:
-        horizon_secs: fitting time, compilation excluded.
-        horizon_steps: when given, counts instead of the clock: the result is reproducible.
-        batch: tokens per step.
-        hidden: hidden units of the nets.
-        embedding: width of the history predictor's token embedding.
-    """
-
-    horizon_secs: float = 12.0
-    horizon_steps: int | None = None
-    batch: int = 1024
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    hidden: int = 256
-    embedding: int = 32
-    seed: int = 0
-
-    def __post_init__(self):
-        check(self.horizon_secs > 0, f"horizon_secs={self.horizon_secs} must be positive")
-        check(
-            self.horizon_steps is None or self.horizon_steps >= 1,
-            f"horizon_steps={self.horizon_steps} must be at least 1",
-        )
-        for name in ("batch", "hidden", "embedding"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        check(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
 
 
 def fit_residual(

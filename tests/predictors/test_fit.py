@@ -1,0 +1,119 @@
+"""Fits reach what can be known, and no more; horizons in steps and in seconds."""
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.core.errors import InputError
+from moejax.predictors import baselines, evaluate, features, fit, history, residual
+from moejax.predictors.config import FitConfig
+from tests.predictors import synthetic
+from tests.predictors.synthetic import CFG, E, K, L, V
+
+STEPS = FitConfig(horizon_steps=250, batch=256, hidden=32, embedding=8, learning_rate=1e-2)
+
+
+def history_recall(params, recording) -> np.ndarray:
+    recorded = features.recorded_features(recording, params.popularity)
+    ask = jax.jit(jax.vmap(history.one_layer, in_axes=(0, None, 0)))
+    scores = np.asarray(ask(params.net.mlp, params.net.embedding, recorded))
+    return recall(scores, recording)
+
+
+def recall(scores, recording) -> np.ndarray:
+    scores = scores.reshape(*recording.topk_idx[1:].shape[:-1], E)
+    return np.array(evaluate.evaluate(scores, recording, expert_bytes=1).recall[K])
+
+
+def split(recording):
+    rows = recording.tokens.shape[0]
+    return (
+        synthetic.take(recording, slice(0, rows * 3 // 4)),
+        synthetic.take(recording, slice(rows * 3 // 4, rows)),
+    )
+
+
+def test_residual_learns_the_rotation():
+    recording, routers = synthetic.rotated_stream(np.random.default_rng(0), 64, 64, states=48)
+    train, held_out = split(recording)
+    params, losses = fit.fit_residual(train, routers, CFG, STEPS)
+    assert len(losses) == STEPS.horizon_steps and losses[-1] < 0.3 * losses[0]
+    ask = jax.jit(residual.scores, static_argnames="cfg")
+    scores = [
+        np.asarray(ask(params, layer, h.reshape(-1, synthetic.D), routers, cfg=CFG))
+        for layer, h in enumerate(held_out.activations[:-1])
+    ]
+    learned = recall(np.stack(scores), held_out)
+    next_gate = recall(baselines.next_gate_scores(held_out, routers, CFG), held_out)
+    assert learned.min() > 0.98
+    assert next_gate.max() < 0.3
+
+
+def test_history_learns_the_chain():
+    recording = synthetic.chained_choices(np.random.default_rng(0), batch=64, length=64)
+    train, held_out = split(recording)
+    params, losses = fit.fit_history(train, E, V, STEPS)
+    assert losses[-1] < 0.1 * losses[0]
+    assert history_recall(params, held_out).min() > 0.99
+
+
+def test_shuffled_targets_leave_nothing_to_learn():
+    rng = np.random.default_rng(0)
+    recording = synthetic.shuffled_targets(synthetic.chained_choices(rng, 64, 64), rng)
+    train, held_out = split(recording)
+    params, _ = fit.fit_history(train, E, V, STEPS)
+    np.testing.assert_allclose(history_recall(params, held_out), K / E, atol=0.05)
+
+
+def test_step_horizon_is_reproducible_and_leaves_inputs_alone():
+    recording, routers = synthetic.rotated_stream(np.random.default_rng(0), batch=4, length=16)
+    cfg = FitConfig(horizon_steps=5, batch=32, hidden=8)
+    seen = []
+    first, losses = fit.fit_residual(
+        recording, routers, CFG, cfg, progress=lambda *report: seen.append(report)
+    )
+    again, _ = fit.fit_residual(recording, routers, CFG, cfg)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert [(fraction, count) for fraction, count, _ in seen] == [
+        (step / 5, step) for step in range(1, 6)
+    ]
+    assert all(np.isfinite(losses)) and np.isfinite(np.asarray(routers.w_router)).all()
+
+
+def test_second_horizon_ends():
+    recording, routers = synthetic.rotated_stream(np.random.default_rng(0), batch=4, length=16)
+    seen = []
+    cfg = FitConfig(horizon_secs=0.2, batch=32, hidden=8)
+    _, losses = fit.fit_residual(
+        recording, routers, CFG, cfg, progress=lambda *report: seen.append(report[0])
+    )
+    assert len(losses) >= 1 and seen == sorted(seen) and seen[-1] == 1.0
+
+
+def test_padding_is_not_fitted():
+    """Padded tokens with impossible tokens and choices change no bit of the result."""
+    rng = np.random.default_rng(0)
+    recording = synthetic.chained_choices(rng, batch=4, length=16)
+    idx = recording.topk_idx.copy()
+    idx[:, :, 8:] = E
+    tokens = recording.tokens.copy()
+    tokens[:, 8:] = 0
+    cfg = FitConfig(horizon_steps=5, batch=32, hidden=8, embedding=4)
+    fits = []
+    for padding in (0, V - 1):
+        tokens[:, 8:] = padding
+        padded = synthetic.Recording(
+            tokens=tokens.copy(), topk_idx=idx, topk_weights=recording.topk_weights
+        )
+        fits.append(fit.fit_history(padded, E, V, cfg)[0])
+    jax.tree.map(np.testing.assert_array_equal, *fits)
+
+
+def test_what_cannot_be_fitted_is_refused():
+    recording = synthetic.chained_choices(np.random.default_rng(0), batch=2, length=4)
+    routers = synthetic.routers(np.random.default_rng(0))
+    with pytest.raises(InputError, match="hidden states"):
+        fit.fit_residual(recording, routers, CFG, FitConfig(horizon_steps=1))
+    empty = synthetic.from_choices(np.full((L, 2, 4, K), E), np.random.default_rng(0))
+    with pytest.raises(InputError, match="no tokens"):
+        fit.fit_history(empty, E, V, FitConfig(horizon_steps=1))
