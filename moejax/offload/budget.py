@@ -1,7 +1,8 @@
 """One budget: total device bytes, solved to a number of slots.
 
 `--device_budget` counts everything that lives on the device: dense weights, KV cache, workspace,
-landing buffers, slots. A percentage means experts only: `25%` holds a quarter of them.
+landing buffers, slots. A percentage means experts only: with `25%` a quarter of the experts fits on
+the device, in slots and landing buffers together.
 """
 
 import dataclasses
@@ -67,12 +68,13 @@ def solve_slots(budget: float | int | None, footprint: Footprint, *, min_slots: 
     if budget is None:
         return total
     if isinstance(budget, float):
-        slots = math.floor(budget * total + 1e-9)
-        least = f"{math.ceil(1000 * min_slots / total) / 10:g}%"
+        landing = footprint.landing_experts
+        slots = math.floor(budget * total + 1e-9) - landing
+        least = f"{math.ceil(1000 * (min_slots + landing) / total) / 10:g}%"
         check(
             slots >= min_slots,
-            f"device budget {budget:.3%} of {total} experts is {slots} slots; "
-            f"the minimum is {min_slots} slots, {least}",
+            f"device budget {100 * budget:g}% of {total} experts leaves {slots} slots beside "
+            f"{landing} landing experts; the minimum is {min_slots} slots, a budget of {least}",
         )
         return slots
     free = budget - footprint.fixed_bytes

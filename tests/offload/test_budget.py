@@ -48,8 +48,8 @@ def test_bytes_buy_what_is_left_after_the_fixed_part():
 
 
 def test_a_percentage_means_experts_only():
-    assert solve_slots(0.25, SMALL, min_slots=4) == 8
-    assert solve_slots(1.0, SMALL, min_slots=4) == 32
+    assert solve_slots(0.25, SMALL, min_slots=4) == 8 - 2
+    assert solve_slots(1.0, SMALL, min_slots=4) == 32 - 2
     assert solve_slots(None, SMALL, min_slots=4) == 32
 
 
@@ -57,7 +57,7 @@ def test_too_small_a_budget_says_the_minimum():
     with pytest.raises(InputError, match="the minimum is 1600 bytes"):
         solve_slots(1599, SMALL, min_slots=4)
     assert solve_slots(1600, SMALL, min_slots=4) == 4
-    with pytest.raises(InputError, match="the minimum is 4 slots, 12.5%"):
+    with pytest.raises(InputError, match="the minimum is 4 slots, a budget of 18.8%"):
         solve_slots(0.1, SMALL, min_slots=4)
     with pytest.raises(InputError, match="too small"):
         solve_slots(0, SMALL, min_slots=1)

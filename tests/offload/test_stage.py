@@ -1,0 +1,141 @@
+"""The offloaded stage gives the resident stage's bits, whatever the cache went through."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.core.errors import InputError
+from moejax.core.mesh import make_mesh
+from moejax.core.structs import Routing
+from moejax.experts.gated import init_experts
+from moejax.experts.stage import stacked
+from moejax.offload.stage import OffloadConfig, init_state, offloaded
+from moejax.offload.store import to_host
+
+L, E, D, F = 2, 8, 16, 12
+
+
+@pytest.fixture(scope="module")
+def experts():
+    return init_experts(jax.random.key(0), (L, E), D, F, out_scale=1.0, dtype=jnp.float32)
+
+
+def routing_of(topk_idx):
+    idx = jnp.asarray(topk_idx, jnp.int32)
+    return Routing(
+        topk_idx=idx,
+        topk_weights=jnp.ones(idx.shape, jnp.float32),
+        router_logits=jnp.zeros((idx.shape[0], E), jnp.float32),
+    )
+
+
+def random_calls(rng, calls, tokens, top_k, skew):
+    """(layer, topk_idx) pairs with some padded tokens; experts follow a zipf law of `skew`."""
+    weight = 1 / np.arange(1, E + 1) ** skew
+    for i in range(calls):
+        scores = np.log(weight) + rng.gumbel(size=(tokens, E))
+        idx = np.argsort(-scores, axis=1)[:, :top_k]
+        idx[rng.random(tokens) < 0.15] = E
+        yield i % L, idx
+
+
+@pytest.mark.parametrize(
+    "cfg, tokens",
+    [
+        (OffloadConfig(num_slots=6), 1),
+        (OffloadConfig(num_slots=2), 5),  # one slot per layer, up to eight experts wanted
+        (OffloadConfig(num_slots=1, quota="shared", policy="lfu"), 5),
+        (OffloadConfig(num_slots=5, quota="shared", policy="random"), 3),
+        (OffloadConfig(num_slots=L * E), 5),
+    ],
+)
+def test_bits_and_counts(experts, cfg, tokens):
+    """Outputs equal the resident stage's bitwise; counts equal a plain-Python cache's."""
+    store = to_host(experts, make_mesh())
+    rng = np.random.default_rng(1)
+
+    @jax.jit
+    def both(store, experts, x, routing, layer, state):
+        ours, state, counts = offloaded(store, cfg)(x, routing, None, layer, state)
+        theirs, _, _ = stacked(experts)(x, routing, None, layer, None)
+        return ours, theirs, state, counts
+
+    state, held = init_state(store, cfg), set()
+    for layer, idx in random_calls(rng, 12, tokens, 3, 1.0):
+        x = jnp.asarray(rng.normal(size=(tokens, D)), jnp.float32)
+        ours, theirs, state, counts = both(
+            store, experts, x, routing_of(idx), jnp.int32(layer), state
+        )
+        np.testing.assert_array_equal(ours, theirs)
+        wanted = {layer * E + int(e) for e in idx.ravel() if e < E}
+        assert int(counts.lookups) == len(wanted)
+        assert int(counts.hits) == len(wanted & held)
+        assert int(counts.demand_fetches) == len(wanted - held)
+        assert int(counts.waves) == 1 + len(wanted - held)
+        held = {int(g) for g in state.cache.table.granule_of if g >= 0}
+        # What was fetched is there, as far as the layer's slots go.
+        slots = cfg.num_slots // L if cfg.quota == "layer" else cfg.num_slots
+        assert len(wanted & held) >= min(len(wanted), slots) - (cfg.quota == "shared")
+    for slot, granule in enumerate(np.asarray(state.cache.table.granule_of)):
+        if granule >= 0:
+            np.testing.assert_array_equal(
+                state.cache.rows.w_up[slot], experts.w_up.reshape(L * E, D, F)[granule]
+            )
+
+
+def test_nothing_wanted_moves_nothing_and_gives_zeros(experts):
+    cfg = OffloadConfig(num_slots=4)
+    store = to_host(experts, make_mesh())
+    idx = np.full((3, 2), E)
+    y, state, counts = jax.jit(
+        lambda store, state: offloaded(store, cfg)(
+            jnp.ones((3, D)), routing_of(idx), None, jnp.int32(1), state
+        )
+    )(store, init_state(store, cfg))
+    assert not np.asarray(y).any() and y.shape == (3, 2, D)
+    assert int(counts.lookups) == int(counts.demand_fetches) == 0
+    assert (np.asarray(state.cache.table.granule_of) == -1).all()
+
+
+def test_compiled_step_copies_no_cache_and_calls_no_host(experts):
+    """Write phase before read phase: nothing of the cache's or the store's shape is copied."""
+    cfg = OffloadConfig(num_slots=11, prefetch_lanes=2, quota="shared")
+
+    def scorer(x, routing, layer, state):
+        return x[:, :E] * (1.0 + layer.astype(jnp.float32)), state
+
+    @jax.jit
+    def step(store, x, idx, state):
+        stage = offloaded(store, cfg, scorer=scorer)
+
+        def layer(carry, i):
+            x, state = carry
+            y, state, counts = stage(x, routing_of(idx), None, i, state)
+            return (x + y.sum(1), state), counts
+
+        return jax.lax.scan(layer, (x, state), jnp.arange(L, dtype=jnp.int32))
+
+    store = to_host(experts, make_mesh())
+    args = (store, jnp.ones((2, D)), jnp.zeros((2, 3), jnp.int32), init_state(store, cfg))
+    lowered = jax.jit(step, donate_argnums=3).lower(*args)
+    text = lowered.compile().as_text()
+    whole = [rf"\[11,{D},{F}\]", rf"\[11,{F},{D}\]", rf"\[{L * E},{D},{F}\]"]
+    copies = [
+        line.strip()[:160]
+        for line in text.splitlines()
+        if any(re.search(rf"= \S*{shape}\S* copy\(", line) for shape in whole)
+    ]
+    assert not copies, copies
+    assert "callback" not in text and "callback" not in lowered.as_text()
+
+
+def test_a_rank_with_fewer_experts_than_lanes_is_refused(experts):
+    with pytest.raises(InputError, match="prefetch_lanes=9 exceeds the 8 experts of a rank"):
+        init_state(experts, OffloadConfig(num_slots=4, prefetch_lanes=9))
+    with pytest.raises(InputError, match="num_slots=0 must be at least 1"):
+        OffloadConfig(num_slots=0)
+    with pytest.raises(InputError, match="num_slots=1 is fewer than one for each of 2"):
+        init_state(experts, OffloadConfig(num_slots=1))

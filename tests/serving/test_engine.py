@@ -1,0 +1,172 @@
+"""Every way of serving the experts decodes the same tokens, batch 1 and batch many, prefill too."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.core.errors import InputError
+from moejax.core.memory import memory_kinds
+from moejax.core.mesh import make_mesh
+from moejax.layers.moe import MoEConfig
+from moejax.models.config import moe_decoder
+from moejax.models.decoder import forward, init_decoder
+from moejax.offload.stage import OffloadConfig
+from moejax.offload.store import to_device, to_host
+from moejax.predictors.history import init_history
+from moejax.routing.config import RouterConfig
+from moejax.serving import prediction
+from moejax.serving.engine import make_engine, split_experts
+
+E, K, L = 8, 2, 3
+CFG = moe_decoder(
+    vocab_size=32,
+    d_model=16,
+    num_layers=L,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    moe=MoEConfig(d_ff=12, router=RouterConfig(num_experts=E, top_k=K), shared_d_ff=8),
+)
+LENGTHS = (6, 3, 1, 5)
+NEW_TOKENS = 7
+
+
+@functools.cache
+def model():
+    return init_decoder(jax.random.key(3), CFG)
+
+
+@functools.cache
+def prompts(batch):
+    tokens = jax.random.randint(jax.random.key(4), (4, 6), 0, 32, dtype=jnp.int32)
+    mask = jnp.arange(6)[None] < jnp.array(LENGTHS)[:, None]
+    return tokens[:batch], mask[:batch]
+
+
+def decode(batch, *, ranks=1, offload=None, make_prediction=None, new_tokens=NEW_TOKENS):
+    """Tokens [n, B] and metrics summed over layers, [n] each, of one engine."""
+    dense, experts = split_experts(model(), CFG)
+    mesh = make_mesh(expert=ranks)
+    experts = (to_host if offload else to_device)(experts, mesh)
+    pred = make_prediction(dense) if make_prediction else None
+    engine = make_engine(dense, experts, CFG, mesh, capacity=16, offload=offload, prediction=pred)
+    session = engine.start(batch)
+    session, token, metrics = engine.prefill(session, *prompts(batch))
+    tokens, all_metrics = [token], [metrics]
+    for _ in range(new_tokens):
+        session, token, metrics = engine.step(session)
+        tokens.append(token)
+        all_metrics.append(metrics)
+    assert memory_kinds(engine.experts) == {"pinned_host" if offload else "device"}
+    summed = jax.tree.map(lambda *leaves: np.stack(leaves).sum(1), *all_metrics)
+    return np.stack(tokens), summed
+
+
+@functools.cache
+def resident(batch):
+    return decode(batch)[0]
+
+
+def next_gate(dense):
+    return prediction.next_gate(dense, CFG)
+
+
+def history(dense):
+    start = np.full((L, E), K / E, np.float32)
+    learned = init_history(jax.random.key(5), start, vocab_size=32, top_k=K)
+    return prediction.history(learned, CFG)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_resident_engine_equals_greedy_full_forward(batch):
+    """Each row of a batch of unequal prompts decodes what it decodes alone, recomputed in full."""
+    tokens, mask = prompts(batch)
+    ours = resident(batch)
+    run = jax.jit(lambda t: forward(model(), t, CFG).logits)
+    for row in range(batch):
+        text = list(np.asarray(tokens[row])[: LENGTHS[row]])
+        for step in range(NEW_TOKENS + 1):
+            padded = jnp.asarray(text + [0] * (16 - len(text)), jnp.int32)[None]
+            logits = run(padded)[0, len(text) - 1]
+            # Random weights can tie closely; the engine's choice must be within rounding of best.
+            assert logits[ours[step, row]] >= logits.max() - 1e-5
+            text.append(int(ours[step, row]))
+
+
+@pytest.mark.parametrize(
+    "batch, ranks, offload, make_prediction",
+    [
+        (1, 1, OffloadConfig(num_slots=6), None),
+        (4, 1, OffloadConfig(num_slots=L), None),  # one slot a layer: waves
+        (4, 1, OffloadConfig(num_slots=6, prefetch_lanes=2), next_gate),
+        (1, 1, OffloadConfig(num_slots=6, prefetch_lanes=2, fetch_mode="always"), next_gate),
+        (4, 1, OffloadConfig(num_slots=6, prefetch_lanes=3, policy="lfu"), history),
+        (4, 2, OffloadConfig(num_slots=4), None),
+        (4, 2, OffloadConfig(num_slots=4, prefetch_lanes=2), next_gate),
+        (1, 4, OffloadConfig(num_slots=3, prefetch_lanes=2), history),
+        (4, 2, None, None),
+    ],
+)
+def test_same_tokens_and_conserved_counts(batch, ranks, offload, make_prediction):
+    """Experts may be cached, prefetched or sharded over ranks: tokens do not change."""
+    tokens, metrics = decode(batch, ranks=ranks, offload=offload, make_prediction=make_prediction)
+    np.testing.assert_array_equal(tokens, resident(batch))
+    np.testing.assert_array_equal(metrics.lookups, metrics.hits + metrics.demand_fetches)
+    assert (metrics.prefetches_wasted <= metrics.prefetches).all()
+    load = metrics.expert_load.sum(-1)
+    assert load[0] == sum(LENGTHS[:batch]) * K * L and (load[1:] == batch * K * L).all()
+    if make_prediction is None:
+        assert metrics.prefetches.sum() == 0
+    else:
+        assert metrics.prefetches.sum() > 0
+    if offload is None:
+        assert metrics.demand_fetches.sum() == 0
+
+
+def test_preloaded_engine_never_misses():
+    dense, experts = split_experts(model(), CFG)
+    mesh = make_mesh(expert=2)
+    engine = make_engine(
+        dense,
+        to_host(experts, mesh),
+        CFG,
+        mesh,
+        capacity=16,
+        offload=OffloadConfig(num_slots=L * E // 2),
+    )
+    session = engine.preload(engine.start(4), jnp.arange(L * E // 2, dtype=jnp.int32))
+    session, token, metrics = engine.prefill(session, *prompts(4))
+    assert int(metrics.demand_fetches.sum()) == 0
+    np.testing.assert_array_equal(token, resident(4)[0])
+
+
+def test_temperature_draws_from_the_key():
+    dense, experts = split_experts(model(), CFG)
+    engine = make_engine(dense, experts, CFG, make_mesh(), capacity=16, temperature=1.5)
+    drawn = []
+    for seed in (0, 0, 1):
+        session, first, _ = engine.prefill(engine.start(4, seed=seed), *prompts(4))
+        drawn.append(np.stack([first, *(engine.step(session)[1:2])]))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any()
+
+
+def test_wrong_use_is_refused():
+    dense, experts = split_experts(model(), CFG)
+    mesh = make_mesh()
+    with pytest.raises(InputError, match="prefetch_lanes=0 and a prediction go together"):
+        make_engine(
+            dense,
+            experts,
+            CFG,
+            mesh,
+            capacity=8,
+            offload=OffloadConfig(num_slots=6),
+            prediction=next_gate(dense),
+        )
+    engine = make_engine(dense, experts, CFG, mesh, capacity=4)
+    with pytest.raises(InputError, match="prompt of 6 positions exceeds the KV capacity 4"):
+        engine.prefill(engine.start(1), *prompts(1))
