@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, and a loop that survives being killed."""

@@ -1,0 +1,48 @@
+"""Next-token cross entropy plus the routers' auxiliary losses, averaged over layers.
+
+Axis letters:
+    B  batch    S  positions    V  vocabulary    L  MoE layers    E  experts
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moejax.models.config import DecoderConfig
+from moejax.models.decoder import DecoderParams, forward
+from moejax.training.config import TrainConfig
+
+
+@struct.dataclass(kw_only=True)
+class LossMetrics:
+    """The terms of the loss, unweighted, and where the tokens went."""
+
+    cross_entropy: jax.Array  # float32 [], nats per token
+    load_balancing_loss: jax.Array  # float32 [], 1.0 when balanced
+    router_z_loss: jax.Array  # float32 []
+    expert_load: jax.Array  # int32 [L, E]
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """float32 [B, S] nats of targets int32 [B, S] under logits float32 [B, S, V]."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def train_loss(
+    params: DecoderParams, tokens: jax.Array, model: DecoderConfig, cfg: TrainConfig
+) -> tuple[jax.Array, LossMetrics]:
+    """The loss of predicting tokens int32 [B, S + 1] from the ones before."""
+    output = forward(params, tokens[:, :-1], model)
+    metrics = LossMetrics(
+        cross_entropy=cross_entropy(output.logits, tokens[:, 1:]).mean(),
+        load_balancing_loss=output.metrics.load_balancing_loss.mean(),
+        router_z_loss=output.metrics.router_z_loss.mean(),
+        expert_load=output.metrics.expert_load,
+    )
+    loss = (
+        metrics.cross_entropy
+        + cfg.load_balancing_weight * metrics.load_balancing_loss
+        + cfg.router_z_weight * metrics.router_z_loss
+    )
+    return loss, metrics
