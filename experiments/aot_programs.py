@@ -1,0 +1,224 @@
+"""Programs to compile ahead of time: the compiled steps whose schedules we make claims about.
+
+A program is a frozen config (changed by `--set field=value`) with a `build` that returns what to
+compile for a mesh and how to read the result.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from moejax.aot.compile import abstract
+from moejax.core.errors import check
+from moejax.core.memory import device_sharding, fetch_rows, host_sharding, nbytes
+from moejax.core.mesh import check_divisible
+from moejax.experts.gated import gated_mlp, init_experts
+from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.layers.moe import MoEConfig
+from moejax.models.config import DecoderConfig, moe_decoder
+from moejax.models.decoder import init_cache, init_decoder
+from moejax.offload.budget import Footprint, parse_budget, solve_slots
+from moejax.offload.prefetch import FetchMode
+from moejax.offload.slots import write_row
+from moejax.offload.stage import OffloadConfig
+from moejax.offload.store import EXPERT_SPEC, expert_bytes
+from moejax.routing.config import RouterConfig
+from moejax.serving.engine import AXIS, make_programs, split_experts
+from moejax.serving.prediction import next_gate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Built:
+    """A program for one mesh."""
+
+    fn: Callable[..., Any]  # jitted, or plain when nothing is donated
+    abstract_args: tuple[Any, ...]
+    prefetch_scope: str  # named scope of the transfers that should hide
+    compute_scope: str  # named scope of the matrix work that should hide them
+    demand_scope: str | None  # named scope of the transfers that the step waits for
+    cache_shapes: tuple[tuple[int, ...], ...]  # of one device, never to be copied whole
+    host_shapes: tuple[tuple[int, ...], ...]
+    device_budget: int | None  # bytes per device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffloadedDecode:
+    """One decode step of `moejax.serving` with the experts in host memory.
+
+    The default is an OLMoE-like model (arXiv 2409.02060) at half its width and half its depth.
+
+    Attributes:
+        expert_axis: devices that share the experts; the others of the target stay idle.
+        device_budget: as `moejax.offload.budget` reads it, per device.
+        workspace_mib: part of the budget left for activations and the compiler's temporaries.
+    """
+
+    d_model: int = 1024
+    d_ff: int = 512
+    num_layers: int = 8
+    num_experts: int = 64
+    top_k: int = 8
+    vocab_size: int = 50304
+    batch: int = 1
+    capacity: int = 1024
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    expert_axis: int = 1
+    device_budget: str = "25%"
+    workspace_mib: int = 64
+    prefetch_lanes: int = 8
+    policy: Literal["lru", "lfu", "random"] = "lru"
+    fetch_mode: FetchMode = "always"
+
+    def model(self) -> DecoderConfig:
+        """The decoder that is compiled."""
+        router = RouterConfig(num_experts=self.num_experts, top_k=self.top_k, renormalize=False)
+        heads = max(1, self.d_model // 128)
+        return moe_decoder(
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            num_layers=self.num_layers,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=128,
+            moe=MoEConfig(d_ff=self.d_ff, router=router),
+            dtype=self.dtype,
+        )
+
+    def footprint(self, params: Any, experts: GatedWeights, ranks: int) -> Footprint:
+        """What one device holds besides slots."""
+        kv = jax.eval_shape(lambda: init_cache(self.model(), self.batch, self.capacity))
+        return Footprint(
+            dense_bytes=nbytes(params),
+            kv_bytes=nbytes(kv),
+            workspace_bytes=self.workspace_mib * 2**20,
+            expert_bytes=expert_bytes(experts),
+            num_layers=self.num_layers,
+            num_experts=self.num_experts // ranks,
+            landing_experts=self.prefetch_lanes + 1,
+        )
+
+    def build(self, mesh: Mesh) -> Built:
+        """The step, donated session and all, over `expert_axis` devices of `mesh`."""
+        _check_tiles(d_model=self.d_model, d_ff=self.d_ff)
+        local_experts = check_divisible(self.num_experts, mesh)
+        cfg = self.model()
+        params, experts = split_experts(
+            jax.eval_shape(lambda: init_decoder(jax.random.key(0), cfg)), cfg
+        )
+        footprint = self.footprint(params, experts, mesh.shape[AXIS])
+        budget = parse_budget(self.device_budget)
+        slots = solve_slots(budget, footprint, min_slots=self.num_layers)
+        offload = OffloadConfig(
+            num_slots=slots,
+            policy=self.policy,
+            prefetch_lanes=self.prefetch_lanes,
+            fetch_mode=self.fetch_mode,
+        )
+        replicated, per_rank = device_sharding(mesh), device_sharding(mesh, P(AXIS))
+        params = abstract(params, replicated)
+        experts = abstract(experts, host_sharding(mesh, EXPERT_SPEC))
+        prediction = next_gate(params, cfg) if self.prefetch_lanes else None
+        programs = make_programs(
+            experts, cfg, mesh, capacity=self.capacity, offload=offload, prediction=prediction
+        )
+        predictor = prediction.params if prediction else None
+        session = jax.eval_shape(lambda p: programs.start(p, batch=self.batch, seed=0), predictor)
+        session = abstract(session, replicated).replace(offload=abstract(session.offload, per_rank))
+        tails = {leaf.shape[2:] for leaf in jax.tree.leaves(experts)}
+        rows = self.num_layers * local_experts
+        return Built(
+            fn=programs.step,
+            abstract_args=(params, experts, predictor, session),
+            prefetch_scope="offload_prefetch",
+            compute_scope="moe_waves",
+            demand_scope="moe_waves",
+            cache_shapes=tuple((slots, *tail) for tail in tails),
+            host_shapes=tuple((rows, *tail) for tail in tails)
+            + tuple((self.num_layers, local_experts, *tail) for tail in tails),
+            device_budget=footprint.fixed_bytes + slots * footprint.expert_bytes,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamingLayers:
+    """The smallest offloaded program: a scan over dense layers that live in host memory.
+
+    The weights of layer l + 1 land in a carried buffer while layer l computes.
+    """
+
+    d_model: int = 1024
+    d_ff: int = 4096
+    num_layers: int = 8
+    batch: int = 8
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    expert_axis: int = 1
+
+    def build(self, mesh: Mesh) -> Built:
+        """A plain function of (host weights, activations)."""
+        _check_tiles(d_model=self.d_model, d_ff=self.d_ff)
+        dtype = jnp.dtype(self.dtype)
+        weights = jax.eval_shape(
+            lambda key: init_experts(
+                key, (self.num_layers,), self.d_model, self.d_ff, out_scale=1.0, dtype=dtype
+            ),
+            jax.random.key(0),
+        )
+        x = jax.ShapeDtypeStruct((self.batch, self.d_model), dtype)
+        return Built(
+            fn=stream_layers,
+            abstract_args=(
+                abstract(weights, host_sharding(mesh)),
+                abstract(x, device_sharding(mesh)),
+            ),
+            prefetch_scope="stream_fetch",
+            compute_scope="stream_compute",
+            demand_scope=None,
+            cache_shapes=(),
+            host_shapes=tuple({leaf.shape for leaf in jax.tree.leaves(weights)}),
+            device_budget=None,
+        )
+
+
+def stream_layers(store: GatedWeights, x: jax.Array) -> jax.Array:
+    """x [B, D] through a residual gated MLP per row of the host `store` [L, ...].
+
+    Three weight buffers: two slots that are read in turn, and the landing. With the landing read
+    directly (a carry of one buffer), libtpu 0.0.42 fetches after the computation, into the same
+    buffer, and nothing overlaps.
+    """
+    num_layers = store.w_gate.shape[0]
+    slots = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape[1:]), leaf.dtype), store)
+
+    def layer(carry, index):
+        x, slots, landed = carry
+        slots = write_row(slots, index % 2, landed)
+        with jax.named_scope("stream_fetch"):
+            landed = fetch_rows(store, (index + 1) % num_layers)
+        with jax.named_scope("stream_compute"):
+            weights = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index % 2, keepdims=False), slots
+            )
+            x = x + gated_mlp(weights, x)
+        return (x, slots, landed), None
+
+    landed = fetch_rows(store, jnp.int32(0))
+    carry, _ = jax.lax.scan(layer, (x, slots, landed), jnp.arange(num_layers, dtype=jnp.int32))
+    return carry[0]
+
+
+def _check_tiles(**dims: int) -> None:
+    # XLA:TPU gives a host stack whose last axis is not a multiple of 128 a transposed layout, and
+    # then fails to slice it (libtpu 0.0.42: "Only handling bitcasts with majormost dimension ...").
+    for name, size in dims.items():
+        check(size % 128 == 0, f"{name}={size} is not a multiple of 128, the width of a TPU tile")
+
+
+PROGRAMS: dict[str, type[OffloadedDecode] | type[StreamingLayers]] = {
+    "offloaded_decode": OffloadedDecode,
+    "streaming_layers": StreamingLayers,
+}

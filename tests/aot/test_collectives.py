@@ -1,0 +1,54 @@
+import pytest
+
+from moejax.aot.collectives import collectives, mesh_axes
+from moejax.aot.hlo import parse_hlo
+from moejax.core.mesh import make_mesh
+
+TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: bf16[4,512]) -> bf16[8,512] {
+  %x = bf16[4,512]{1,0} parameter(0)
+  %sum = bf16[4,512]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add, metadata={op_name="jit(f)/moe_combine/psum"}
+  %start = (bf16[4,512]{1,0}, bf16[4,512]{1,0}, u32[], u32[]) collective-permute-start(%sum), channel_id=2, source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
+  %done = bf16[4,512]{1,0} collective-permute-done(%start)
+  ROOT %gather = bf16[8,512]{1,0} all-gather(%done), channel_id=3, replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}
+}
+"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(data=2, expert=2, model=2)
+
+
+def test_kind_axes_and_bytes(mesh):
+    summed, permuted, gathered = collectives(parse_hlo(TEXT), mesh)
+    row = 512 * 2
+    assert (summed.kind, summed.axes, summed.nbytes) == ("all-reduce", ("model",), 4 * row)
+    assert (permuted.kind, permuted.axes, permuted.nbytes) == (
+        "collective-permute",
+        ("data",),
+        4 * row,
+    )
+    assert (gathered.kind, gathered.axes, gathered.nbytes) == ("all-gather", ("expert",), 8 * row)
+    assert [one.is_async for one in (summed, permuted, gathered)] == [False, True, False]
+    assert summed.scope == "jit(f)/moe_combine/psum"
+
+
+@pytest.mark.parametrize(
+    "groups, axes",
+    [
+        ("{}", ("data", "expert", "model")),
+        ("{{0,1,2,3,4,5,6,7}}", ("data", "expert", "model")),
+        ("{{0,2},{1,3},{4,6},{5,7}}", ("expert",)),
+        ("[2,4]<=[8]", ("expert", "model")),
+        ("[4,2]<=[2,4]T(1,0)", ("data",)),
+        ("{{0},{1},{2},{3},{4},{5},{6},{7}}", ()),
+        ("{{0,3},{1,2},{4,7},{5,6}}", ("?",)),
+    ],
+)
+def test_groups_are_named_by_axes(mesh, groups, axes):
+    assert (
+        mesh_axes(f"x = f32[] all-reduce(y), replica_groups={groups}, channel_id=1", mesh) == axes
+    )
