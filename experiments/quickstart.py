@@ -1,0 +1,127 @@
+"""Train, restore, predict, decode past device memory: the whole of moejax on real text.
+
+    python -m experiments.quickstart --workdir=workdir
+
+Trains a byte-level mixture-of-experts model on the Python standard library's source (or `--data`),
+restores it with the experts straight in host memory, fits routing predictors, and decodes under a
+device budget that holds a quarter of the experts, five ways. Writes report.md, report.json and
+plots into `--workdir`. Started again after an interruption, it resumes. Settings and what to
+expect: `configs/quickstart.py`.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from configs.quickstart import QuickstartConfig, get_config
+from experiments import cli
+from experiments.quickstart_steps import decode, report
+from experiments.quickstart_steps.predict import print_prediction, run_prediction
+from experiments.quickstart_steps.train import Trained, checkpoint_folder, run_training
+from moejax.checkpoint.params import restore_params
+from moejax.core.mesh import make_mesh
+from moejax.core.overlay import overlay
+from moejax.data.text import Corpus
+from moejax.serving.engine import make_engine, split_experts
+
+WORKDIR = flags.DEFINE_string("workdir", "workdir", "folder for checkpoints, report and plots")
+DATA = flags.DEFINE_string("data", None, "text file or folder; default: the standard library")
+console = Console()
+
+
+def decode_all(
+    cfg: QuickstartConfig, corpus: Corpus, workdir: pathlib.Path, learned
+) -> tuple[dict, dict, decode.Bandwidths, tuple[str, str]]:
+    """Step 4: restores the experts into host memory and decodes five ways at every batch size."""
+    mesh = make_mesh()
+    params, model = restore_params(checkpoint_folder(workdir), mesh=mesh)
+    _, host = split_experts(params, model)
+    bandwidths = decode.measure_bandwidths(host)
+    capacity = cfg.decode.prompt_bytes + max(*cfg.decode.new_tokens, cfg.decode.sample_bytes) + 1
+    engines, slots = decode.make_engines(
+        params, model, learned, mesh, cfg.decode, capacity=capacity
+    )
+    results, identical = {}, {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        for batch, new_tokens in zip(cfg.decode.batch_sizes, cfg.decode.new_tokens, strict=True):
+            results[batch] = decode.compare(
+                engines,
+                slots,
+                corpus.heldout,
+                bandwidths,
+                cfg.decode,
+                batch=batch,
+                new_tokens=new_tokens,
+                progress=progress,
+            )
+            identical[batch] = decode.check_identical(results[batch])
+    resident = engines["resident"]
+    writer = make_engine(
+        resident.params,
+        resident.experts,
+        model,
+        mesh,
+        capacity=capacity,
+        temperature=cfg.decode.temperature,
+    )
+    return results, identical, bandwidths, decode.sample_text(writer, corpus.heldout, cfg.decode)
+
+
+def training_summary(training: Trained) -> str:
+    """Two lines on step 1."""
+    bits, result = training.bits, training.result
+    resumed = f", resumed at step {result.resumed_step}" if result.resumed_step else ""
+    return (
+        f"{len(result.history['cross_entropy'])} steps{resumed}; "
+        f"{len(training.corpus.train.data):,} training bytes\n"
+        f"held-out bits per byte {bits['model']:.3f}: {bits['model'] / bits['bigram']:.2f} of a "
+        f"bigram's {bits['bigram']:.3f}; trigram {bits['trigram']:.3f}"
+    )
+
+
+def forget_weights(training: Trained) -> Trained:
+    """Drops the training state, so that no expert stays on the device before decoding."""
+    return dataclasses.replace(training, result=dataclasses.replace(training.result, state=None))
+
+
+def main() -> None:
+    workdir = pathlib.Path(WORKDIR.value)
+    cli.check_writable(cli.JSON.value)
+    cli.check_writable(str(workdir / "report.json"))
+    cfg = overlay(get_config(), cli.SET.value)
+    if DATA.value is not None:
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=DATA.value))
+    console.rule("1. train")
+    training = run_training(cfg, workdir)
+    console.print(training_summary(training))
+    console.rule("2. routing prediction")
+    params, corpus = training.result.state.params, training.corpus
+    prediction = run_prediction(params, training.model, corpus, cfg.predict, workdir)
+    print_prediction(prediction, console)
+    del params
+    training = forget_weights(training)
+    console.rule(f"3. decode with {cfg.decode.device_budget} of the experts on the device")
+    results, identical, bandwidths, sample = decode_all(cfg, corpus, workdir, prediction.residual)
+    for batch, modes in results.items():
+        console.print(decode.table_of(batch, modes))
+        console.print(f"identical tokens in all modes: {identical[batch]}")
+    console.rule("4. report")
+    curve = report.slot_curve(prediction)
+    figures = report.figures_of(training, prediction, results, identical, bandwidths, curve)
+    report.draw(workdir, training, prediction, results, curve)
+    record = cli.write_report("quickstart", "time", figures)
+    cli.write_text(workdir / "report.json", json.dumps(record, indent=1) + "\n")
+    cli.write_text(workdir / "report.md", report.markdown(record, sample))
+    console.print(f"[dim]{sample[0]}[/dim]{sample[1]}", markup=False, highlight=False)
+    console.print(f"\nreport: {workdir / 'report.md'}")
+    if not all(identical.values()):
+        raise RuntimeError("the modes decoded different tokens; see report.json")
+
+
+if __name__ == "__main__":
+    cli.run(main)
