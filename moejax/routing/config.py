@@ -34,6 +34,14 @@ class RouterConfig:
 
     def __post_init__(self):
         e, k, g, top = self.num_experts, self.top_k, self.num_groups, self.top_groups
+        check(
+            self.score in ("softmax", "sigmoid"),
+            f"score={self.score!r} is neither softmax nor sigmoid",
+        )
+        check(
+            self.group_score in ("max", "top2_sum"),
+            f"group_score={self.group_score!r} is neither max nor top2_sum",
+        )
         check(e >= 1, f"num_experts={e} must be at least 1")
         check(1 <= k <= e, f"top_k={k} must be between 1 and num_experts={e}")
         check(g >= 1 and e % g == 0, f"num_experts={e} is not divisible by num_groups={g}")

@@ -78,8 +78,11 @@ def with_weights(
     *,
     mask: jax.Array | None = None,
 ) -> Routing:
-    """The routing that takes the experts `idx` [T, K] with weights from `score` [T, E]."""
-    weights = jnp.take_along_axis(score, idx, axis=-1, mode="clip")
+    """The routing that takes the experts `idx` [T, K] with weights from `score` [T, E].
+
+    An id of E (a recorded padded token) weighs nothing.
+    """
+    weights = jnp.take_along_axis(score, idx, axis=-1, mode="fill", fill_value=0.0)
     if cfg.renormalize:
         # Sigmoid scores can all underflow; softmax scores of a top-k cannot sum to zero.
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
