@@ -1,0 +1,29 @@
+# Sourced: makes and enters .venv, and installs the requirements files given as arguments, once for
+# every state of these files.
+if [ ! -x .venv/bin/python ]; then
+  python=""
+  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+    [ -n "$candidate" ] || continue
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      python="$candidate"
+      break
+    fi
+  done
+  if [ -z "$python" ]; then
+    echo "error: Python 3.11 or newer not found; set PYTHON to its path" >&2
+    exit 2
+  fi
+  "$python" -m venv .venv
+fi
+# shellcheck disable=SC1091
+source .venv/bin/activate
+for file in "$@"; do
+  # A file may include others (-r), so the stamp covers all of them.
+  stamp=".venv/installed-$file-$(cat requirements*.txt pyproject.toml | cksum | cut -d' ' -f1)"
+  if [ ! -e "$stamp" ]; then
+    echo "installing $file into .venv" >&2
+    python -m pip install --quiet --disable-pip-version-check -r "$file"
+    python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+    touch "$stamp"
+  fi
+done
