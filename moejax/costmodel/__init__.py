@@ -1,0 +1,1 @@
+"""What things should cost: hardware tables and physical bounds, numpy only."""
