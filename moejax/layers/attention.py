@@ -28,7 +28,8 @@ class AttentionConfig:
         h, kv = self.num_heads, self.num_kv_heads
         check(h >= 1 and kv >= 1, f"num_heads={h} and num_kv_heads={kv} must be at least 1")
         check(h % kv == 0, f"num_heads={h} is not divisible by num_kv_heads={kv}")
-        check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rope")
+        dim = self.head_dim
+        check(dim >= 2 and dim % 2 == 0, f"head_dim={dim} must be positive and even for rope")
 
 
 @struct.dataclass(kw_only=True)
