@@ -76,7 +76,9 @@ def next_gate(dense):
 
 def history(dense):
     start = np.full((L, E), K / E, np.float32)
-    learned = init_history(jax.random.key(5), start, vocab_size=32, top_k=K)
+    learned = init_history(
+        jax.random.key(5), jnp.asarray(start), vocab_size=32, embedding=8, hidden=8
+    )
     return prediction.history(learned, CFG)
 
 
