@@ -1,8 +1,8 @@
 """Accelerators by name: the few numbers that bounds are made of.
 
 Everything is per chip (a GPU, or a TPU chip, of which a 7x makes two JAX devices), in bytes, bytes
-per second and operations per second. A *datasheet* figure is the vendor's peak
-and is never reached; an *assumed* figure is ours, and a run on the machine should replace it.
+per second and operations per second. A *datasheet* figure is the vendor's peak and is never
+reached; an *assumed* figure is ours, and a run on the machine should replace it.
 """
 
 import dataclasses
