@@ -54,18 +54,16 @@ def bigram_scores(fit: Recording, held_out: Recording, num_experts: int) -> np.n
 
 def token_table_scores(fit: Recording, held_out: Recording, num_experts: int) -> np.ndarray:
     """How often the fit tokens of the same id chose the expert; popularity weighs 5 tokens."""
-    ids, asked = fit.tokens.ravel(), held_out.tokens
-    size = int(max(ids.max(), asked.max())) + 1
-    seen = np.bincount(ids, minlength=size)[:, None]
+    tokens, top_k = fit.tokens, fit.topk_idx.shape[-1]
+    size = int(max(tokens.max(), held_out.tokens.max())) + 1
     share = popularity(fit.topk_idx, num_experts)
     scores = np.empty((*held_out.topk_idx[1:].shape[:-1], num_experts), np.float32)
     for layer, out in enumerate(scores, start=1):
-        chosen = one_hot_sets(fit.topk_idx[layer], num_experts).reshape(-1, num_experts)
-        order = np.argsort(ids, kind="stable")
-        starts = np.searchsorted(ids[order], np.arange(size))
-        totals = np.concatenate([np.zeros((1, num_experts)), np.cumsum(chosen[order], axis=0)])
-        counts = totals[np.append(starts[1:], len(ids))] - totals[starts]
-        out[:] = ((counts + 5 * share[layer]) / (seen + 5))[asked]
+        pairs = tokens[..., None] * (num_experts + 1) + fit.topk_idx[layer]
+        counts = np.bincount(pairs.ravel(), minlength=size * (num_experts + 1))
+        counts = counts.reshape(size, num_experts + 1)[:, :num_experts]
+        seen = counts.sum(1, keepdims=True) / top_k
+        out[:] = ((counts + 5 * share[layer]) / (seen + 5))[held_out.tokens]
     return scores
 
 

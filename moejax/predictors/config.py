@@ -17,10 +17,10 @@ class FitConfig:
         embedding: width of the history predictor's token embedding.
     """
 
-    horizon_secs: float = 12.0
+    horizon_secs: float = 8.0
     horizon_steps: int | None = None
-    batch: int = 1024
-    learning_rate: float = 3e-3
+    batch: int = 512
+    learning_rate: float = 1.5e-2
     weight_decay: float = 0.01
     hidden: int = 256
     embedding: int = 32

@@ -29,7 +29,7 @@ def test_metrics_by_hand():
     assert got.exact_set == [0.5]
     assert got.weight_mass[2] == pytest.approx([1.9 / 2.0])
     assert got.wasted_bytes == {2: [5.0], 4: [20.0]}
-    assert got.token_coverage == got.recall  # one sequence is its own batch
+    assert got.token_coverage == {1: [0.5], 3: [0.75]}  # one sequence is its own batch
     assert got.mean_recall(2) == 0.75
 
 
@@ -49,7 +49,7 @@ def test_padding_counts_nowhere():
     got = evaluate.evaluate(scores, padded, expert_bytes=10, sizes=(2,), coverage_batch=1)
     assert got.recall == {2: [1.0]} and got.exact_set == [1.0]
     assert got.wasted_bytes == {2: [0.0]} and got.weight_mass == {2: [1.0]}
-    assert got.token_coverage == {2: [1.0]}
+    assert got.token_coverage == {1: [0.5], 3: [1.0]}
 
 
 def test_oracle_reads_one_and_random_reads_chance():
