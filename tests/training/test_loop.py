@@ -114,7 +114,7 @@ def test_time_horizon_anneals_and_carries_its_clock(cache, tmp_path):
         (dict(cfg=tiny_train(seed=1)), "another run, train: seed=0, not 1"),
         (dict(model=tiny_model(norm_eps=1e-5)), "another run, model: norm_eps=1e-06, not 1e-05"),
         (dict(data=text_bytes()[:-1]), "was trained on other data"),
-        (dict(data=text_bytes()[:30]), "30 training bytes, one batch wants 34"),
+        (dict(data=text_bytes()[:9]), "9 training bytes, one batch wants 10"),
     ],
 )
 def test_refuses_another_run(whole, change, message):
