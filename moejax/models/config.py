@@ -42,6 +42,10 @@ class DecoderConfig:
     def __post_init__(self):
         check(self.vocab_size >= 1, f"vocab_size={self.vocab_size} must be at least 1")
         check(self.d_model >= 1, f"d_model={self.d_model} must be at least 1")
+        check(
+            self.dtype in ("float32", "bfloat16"),
+            f"dtype={self.dtype!r} is neither float32 nor bfloat16",
+        )
         check(len(self.groups) >= 1, "a decoder wants at least one layer group")
 
     @property

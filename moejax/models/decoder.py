@@ -138,13 +138,15 @@ def forward(
     Returns: `Output`; metrics and record have one entry per MoE layer.
     """
     batch, length = tokens.shape
+    _check_shapes(tokens, cfg, cache, mask, forced_idx)
     with jax.named_scope("embed"):
         x = params.embed[tokens] * jnp.asarray(cfg.embed_scale, cfg.jnp_dtype)
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     flat_mask = None if mask is None else mask.reshape(-1)
 
-    carry = (x, cache and cache.k, cache and cache.v, stage_state)
+    k, v = (None, None) if cache is None else (cache.k, cache.v)
+    carry = (x, k, v, stage_state)
     traces, layer, moe_layer = [], 0, 0
     for group, layers in zip(cfg.groups, params.groups, strict=True):
         n = group.num_layers
@@ -168,9 +170,9 @@ def forward(
             traces.append(trace)
 
     x, k, v, stage_state = carry
-    check(bool(traces), "a decoder without MoE layers has nothing to record")
     metrics, record = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *traces)
     if cache is not None:
+        assert k is not None and v is not None
         taken = jnp.full((batch,), length) if mask is None else mask.sum(1)
         cache = KVCache(k=k, v=v, length=start + taken.astype(jnp.int32))
     return Output(
@@ -188,6 +190,23 @@ def unembed(params: DecoderParams, x: jax.Array, cfg: DecoderConfig) -> jax.Arra
         x = rms_norm(x, params.final_norm, cfg.norm_eps)
         w_out = params.embed.T if params.w_out is None else params.w_out
         return jnp.einsum("bsd,dv->bsv", x, w_out, preferred_element_type=jnp.float32)
+
+
+def _check_shapes(tokens, cfg, cache, mask, forced_idx):
+    """Raises `InputError` for arguments that do not fit `tokens`."""
+    layers, (batch, length) = cfg.num_moe_layers, tokens.shape
+    check(layers >= 1, "a decoder without MoE layers has nothing to record")
+    if cache is not None:
+        held, capacity = cache.k.shape[1:3]
+        check(held == batch, f"the cache holds {held} sequences, tokens {batch}")
+        check(
+            length <= capacity, f"{length} positions exceed the {capacity} of the cache's capacity"
+        )
+    if mask is not None:
+        check(mask.shape == tokens.shape, f"mask is {mask.shape}, tokens are {tokens.shape}")
+    if forced_idx is not None:
+        want = (layers, batch * length, cfg.moe.router.top_k)
+        check(forced_idx.shape == want, f"forced_idx is {forced_idx.shape}, expected {want}")
 
 
 def _layer(carry, step, cfg, group, positions, flat_mask, stage):
@@ -216,10 +235,13 @@ def _layer(carry, step, cfg, group, positions, flat_mask, stage):
             stage_state=stage_state,
             layer=moe_layer,
         )
-        trace = metrics, Record(
-            hidden=h,
-            topk_idx=routing.topk_idx,
-            topk_weights=routing.topk_weights,
-            router_logits=routing.router_logits,
+        trace = (
+            metrics,
+            Record(
+                hidden=h,
+                topk_idx=routing.topk_idx,
+                topk_weights=routing.topk_weights,
+                router_logits=routing.router_logits,
+            ),
         )
     return (x + y.reshape(batch, length, d), cache_k, cache_v, stage_state), trace
