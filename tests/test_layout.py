@@ -1,0 +1,73 @@
+"""Tests mirror the library: `moejax/PKG/NAME.py` is tested by `tests/PKG/test_NAME.py`."""
+
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Modules without a test file of their own, and what tests them instead.
+COVERED_ELSEWHERE = {
+    "kernels/pick.py": "kernels/grouped_matmul/test_api.py: picking, forcing, refusing",
+    "kernels/rows.py": "kernels/grouped_ffn/test_blocked.py: every row of the kernel passes here",
+    "kernels/vma.py": "kernels/grouped_ffn/test_blocked.py: under shard_map",
+    "kernels/grouped_ffn/reference.py": "the oracle of kernels/grouped_ffn/test_blocked.py",
+    "kernels/grouped_ffn/tokamax.py": "kernels/grouped_ffn/test_api.py: its refusals on CPU",
+    "kernels/grouped_ffn/weights.py": "kernels/grouped_ffn/test_api.py: shapes and activations",
+    "kernels/grouped_matmul/reference.py": "the oracle of kernels/grouped_matmul/test_blocked.py",
+    "kernels/grouped_matmul/operands.py": "kernels/grouped_matmul/test_api.py: wrong input",
+    "kernels/grouped_matmul/ragged_dot.py": "kernels/grouped_matmul/test_api.py: a forced backend",
+    "kernels/grouped_matmul/shapes.py": "kernels/grouped_matmul/test_api.py: names and sizes",
+    "kernels/grouped_matmul/tokamax.py": "kernels/grouped_matmul/test_api.py: refusals on CPU",
+    "kernels/permute/reference.py": "the oracle of kernels/permute/test_gather.py",
+    "offload/waves.py": "offload/test_stage.py: more wanted experts than slots",
+    "predictors/mlp.py": "predictors/test_history.py and predictors/test_residual.py: their net",
+    "serving/prediction.py": "serving/test_engine.py: every kind of prediction",
+    "simulator/recorded.py": "simulator/test_replay.py: recorded runs beside ours",
+    "simulator/reference.py": "the oracle of simulator/test_replay.py",
+    "training/config.py": "training/test_optimizer.py: refused values",
+}
+# Test files without a module of their own, and what they test.
+NOT_A_MODULE = {"aot/test_aot_report.py": "experiments/aot_report.py: compile-only checks"}
+
+
+def modules() -> list[str]:
+    """Every module that holds more than re-exports, relative to moejax/."""
+    package = ROOT / "moejax"
+    paths = (path.relative_to(package) for path in package.rglob("*.py"))
+    return sorted(str(path) for path in paths if path.name != "__init__.py")
+
+
+def test_of(module: str) -> pathlib.Path:
+    path = pathlib.PurePath(module)
+    return ROOT / "tests" / path.parent / f"test_{path.name}"
+
+
+test_of.__test__ = False
+
+
+def test_every_module_has_its_test_file():
+    missing = [m for m in modules() if m not in COVERED_ELSEWHERE and not test_of(m).exists()]
+    assert missing == []
+
+
+def test_the_exceptions_are_still_exceptions():
+    assert len(modules()) > 50
+    for module, reason in COVERED_ELSEWHERE.items():
+        assert module in modules(), f"{module} is gone"
+        assert not test_of(module).exists(), f"{module} has a test file by now"
+        named = [word.rstrip(":") for word in reason.split() if ".py" in word]
+        assert named and all((ROOT / "tests" / name).exists() for name in named), reason
+
+
+def test_every_test_file_tests_a_module():
+    """A renamed module leaves no orphan behind."""
+    packages = {path.name for path in (ROOT / "moejax").iterdir() if path.is_dir()}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        relative = path.relative_to(ROOT / "tests")
+        if relative.parts[0] in packages and str(relative) not in NOT_A_MODULE:
+            module = ROOT / "moejax" / relative.parent / relative.name.removeprefix("test_")
+            assert module.exists(), f"tests/{relative} tests no module"
+
+
+def test_test_folders_are_packages():
+    for folder in {path.parent for path in (ROOT / "tests").rglob("test_*.py")}:
+        assert (folder / "__init__.py").exists(), f"{folder} has no __init__.py"
