@@ -13,6 +13,8 @@ import dataclasses
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -86,7 +88,8 @@ def training_summary(training: Trained) -> str:
 
 def forget_weights(training: Trained) -> Trained:
     """Drops the training state, so that no expert stays on the device before decoding."""
-    return dataclasses.replace(training, result=dataclasses.replace(training.result, state=None))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), training.result.state)
+    return dataclasses.replace(training, result=dataclasses.replace(training.result, state=nothing))
 
 
 def main() -> None:

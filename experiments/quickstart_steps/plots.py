@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.quickstart_steps.decode import ModeResult
 from experiments.quickstart_steps.predict import LABELS
@@ -17,9 +18,15 @@ NATS_PER_BIT = float(np.log(2))
 
 def _save(axes: Axes, path: pathlib.Path, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
-    axes.figure.tight_layout()
-    axes.figure.savefig(path, dpi=120)
-    plt.close(axes.figure)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: pathlib.Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _axes(width: float = 7.0, height: float = 4.2) -> Axes:
@@ -97,6 +104,4 @@ def plot_modes(path: pathlib.Path, results: dict[int, dict[str, ModeResult]]) ->
         traffic.legend(fontsize=8)
         for axes in (speed, traffic):
             axes.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _write(figure, path)

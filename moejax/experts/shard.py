@@ -8,6 +8,7 @@ Axis letters:
     T  tokens    K  experts per token    E  experts of this rank    R  ranks on the axis
 """
 
+import dataclasses
 from typing import TypeVar
 
 import jax
@@ -29,7 +30,7 @@ def local_routing(routing: Routing, axis: str | None, num_local: int) -> Routing
         return routing
     idx = routing.topk_idx - first_expert(axis, num_local)
     mine = (idx >= 0) & (idx < num_local)
-    return routing.replace(topk_idx=jnp.where(mine, idx, num_local))
+    return dataclasses.replace(routing, topk_idx=jnp.where(mine, idx, num_local))
 
 
 def sum_ranks(tree: Tree, axis: str | None) -> Tree:

@@ -7,6 +7,8 @@ Axis letters:
     S  slots    N  granules, (layer, expert) pairs    L  MoE layers    E  experts of this rank
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -86,7 +88,7 @@ def touch_layer(table: SlotTable, layer: jax.Array, wanted: jax.Array) -> SlotTa
         uses=jax.lax.dynamic_update_slice(usage.uses, uses + wanted.astype(jnp.int32), start),
         clock=usage.clock + 1,
     )
-    return table.replace(usage=usage)
+    return dataclasses.replace(table, usage=usage)
 
 
 def layer_slot_of(table: SlotTable, layer: jax.Array, num_experts: int) -> jax.Array:
@@ -111,10 +113,10 @@ def choose_slot(
     allowed = (table.slot_layer < 0) | (table.slot_layer == layer)
     free = allowed & ~busy
     any_free = jnp.any(free)
-    key = tuple(
+    primary, secondary = (
         jnp.where(empty, jnp.iinfo(jnp.int32).min, part[held]) for part in policy(table.usage)
     )
-    return pick_victim(key, jnp.where(any_free, free, allowed)), any_free
+    return pick_victim((primary, secondary), jnp.where(any_free, free, allowed)), any_free
 
 
 def assign(table: SlotTable, slot: jax.Array, granule: jax.Array) -> SlotTable:
@@ -123,7 +125,8 @@ def assign(table: SlotTable, slot: jax.Array, granule: jax.Array) -> SlotTable:
     # An empty slot evicts nothing: -1 would wrap to the last granule, so it goes out of range.
     evicted = jnp.where(evicted < 0, table.slot_of.shape[0], evicted)
     slot_of = table.slot_of.at[evicted].set(-1, mode="drop")
-    return table.replace(
+    return dataclasses.replace(
+        table,
         slot_of=slot_of.at[granule].set(slot),
         granule_of=table.granule_of.at[slot].set(granule),
     )

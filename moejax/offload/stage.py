@@ -1,6 +1,6 @@
 """The offloaded expert stage: experts in host memory, a slot cache on the device.
 
-    insert what was prefetched -> look up -> start the next layer's prefetch -> waves
+    insert what was prefetched -> look up -> waves -> start the next layer's prefetch -> last wave
 
 It is rank-local: under expert parallelism every rank has its own store, table and misses, nothing
 collective stands inside, and only the outputs are summed.
@@ -35,7 +35,7 @@ from moejax.offload.slots import (
     touch_layer,
 )
 from moejax.offload.store import flatten
-from moejax.offload.waves import Work, processing_order, run_waves
+from moejax.offload.waves import Waves, Work, processing_order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,9 @@ def offloaded(
         local = local_routing(routing, axis, num_experts)
         expert = jnp.arange(num_experts)
         wanted = (local.topk_idx.reshape(-1)[:, None] == expert[None]).any(0)
-        cache = state.cache.replace(table=touch_layer(state.cache.table, layer, wanted))
+        cache = dataclasses.replace(
+            state.cache, table=touch_layer(state.cache.table, layer, wanted)
+        )
         landing, predictor = state.landing, state.predictor
         fetched = wasted = jnp.int32(0)
         if has_lanes:
@@ -131,8 +133,6 @@ def offloaded(
         slot_of = layer_slot_of(cache.table, layer, num_experts)
         order, num_cached = processing_order(wanted, slot_of)
         num_wanted = jnp.sum(wanted, dtype=jnp.int32)
-        if has_lanes:
-            landing, predictor = _look_ahead(x, routing, layer, cache, landing, predictor)
         work = Work(
             layer=layer,
             order=order,
@@ -140,7 +140,15 @@ def offloaded(
             num_cached=num_cached,
             num_missing=num_wanted - num_cached,
         )
-        cache, y = _serve(cache, rows, x, local, work)
+        waves, permutation = _plan(x, local, work)
+        cache, y = waves.run_missing(cache)
+        if has_lanes:
+            # Behind the demand transfers on the link, beside the last wave's compute.
+            landing, predictor = _look_ahead(x, routing, layer, cache, landing, predictor)
+        y = waves.run_last(cache, y)
+        with jax.named_scope("moe_unpermute"):
+            y = zero_tail(y, jnp.sum(permutation.group_sizes), sizes=waves.sizes)
+            y = ungroup(y[: local.topk_idx.size], permutation, local.topk_idx.shape[1])
         counts = StageCounts(
             lookups=num_wanted,
             hits=num_cached,
@@ -154,7 +162,9 @@ def offloaded(
 
     def _look_ahead(x, routing, layer, cache, landing, predictor):
         if scorer is None:
-            return landing.replace(granule=jnp.full_like(landing.granule, -1)), predictor
+            return dataclasses.replace(
+                landing, granule=jnp.full_like(landing.granule, -1)
+            ), predictor
         with jax.named_scope("offload_prefetch"):
             scores, predictor = scorer(x, routing, layer, predictor)
             valid = routing.topk_idx[:, 0] < scores.shape[1]
@@ -166,17 +176,13 @@ def offloaded(
             )
             return prefetch.fetch(rows, landing, granule, live, cfg.fetch_mode), predictor
 
-    def _serve(cache, rows, x, routing, work):
-        top_k = routing.topk_idx.shape[1]
-        num_rows = x.shape[0] * top_k
+    def _plan(x, routing, work):
+        top_k, num_rows = routing.topk_idx.shape[1], routing.topk_idx.size
         sizes = pick_sizes(num_rows)
         with jax.named_scope("moe_permute"):
             permutation = sort_by_group(routing.topk_idx, num_experts, group_order=work.order)
             xs = pad_rows(permute(x, permutation, top_k), num_rows + sizes[-1])
             plan = plan_chunks(permutation.group_sizes, sizes=sizes, num_rows=num_rows)
-        cache, y = run_waves(cache, rows, xs, work, plan, policy, sizes=sizes)
-        with jax.named_scope("moe_unpermute"):
-            y = zero_tail(y, jnp.sum(permutation.group_sizes), sizes=sizes)[:num_rows]
-            return cache, ungroup(y, permutation, top_k)
+        return Waves(rows, xs, work, plan, policy, sizes=sizes), permutation
 
     return stage

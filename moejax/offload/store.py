@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from moejax.core.errors import check
 from moejax.core.memory import device_sharding, host_sharding
 from moejax.core.mesh import check_divisible
 from moejax.kernels.grouped_ffn import GatedWeights
@@ -33,6 +34,20 @@ def to_device(experts: GatedWeights, mesh: Mesh) -> GatedWeights:
     """Experts [L, E, ...] in device memory, sharded over the `expert` axis of `mesh`."""
     check_divisible(experts.w_gate.shape[1], mesh)
     return jax.device_put(experts, device_sharding(mesh, EXPERT_SPEC))
+
+
+def check_tiles(experts: GatedWeights, platform: str) -> None:
+    """Raises `InputError` where `platform` cannot slice host stacks of these widths.
+
+    TPU transfers move whole tiles: the last two dimensions of a host stack must be multiples of
+    128, or compilation ends in an internal error.
+    """
+    d_model, d_ff = experts.w_gate.shape[-2:]
+    check(
+        platform != "tpu" or (d_model % 128 == 0 and d_ff % 128 == 0),
+        "offloading on TPU wants d_model and d_ff to be multiples of 128, "
+        f"got {d_model} and {d_ff}",
+    )
 
 
 def flatten(store: GatedWeights) -> GatedWeights:

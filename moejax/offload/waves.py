@@ -46,54 +46,72 @@ def processing_order(wanted: jax.Array, slot_of: jax.Array) -> tuple[jax.Array, 
     return order, jnp.sum(rank == 0, dtype=jnp.int32)
 
 
-def run_waves(
-    cache: SlotCache,
-    store: GatedWeights,
-    xs: jax.Array,
-    work: Work,
-    plan: ChunkPlan,
-    policy: Policy,
-    *,
-    sizes: tuple[int, ...],
-) -> tuple[SlotCache, jax.Array]:
-    """Runs every chunk of `plan`, fetching missing experts from `store` on the way.
+class Waves:
+    """The chunks of one layer call, to be served in waves.
 
     Args:
-        cache: written in place when its buffers are donated.
         store: host leaves [N, ...].
         xs: rows in processing order, padded as `run_chunks` wants.
-
-    Returns: the cache, now holding the last experts fetched, and outputs shaped like `xs`.
-    Cost: `work.num_missing` transfers of one expert.
+        plan: chunks of the rows, groups in processing order.
     """
 
-    def compute(y: jax.Array, cache: SlotCache, first: jax.Array, last: jax.Array) -> jax.Array:
+    def __init__(
+        self,
+        store: GatedWeights,
+        xs: jax.Array,
+        work: Work,
+        plan: ChunkPlan,
+        policy: Policy,
+        *,
+        sizes: tuple[int, ...],
+    ):
+        self.store, self.xs, self.work, self.plan = store, xs, work, plan
+        self.policy, self.sizes = policy, sizes
+
+    def run_missing(self, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
+        """Fetches every missing expert and runs all waves but the last.
+
+        Returns the cache, with the last missing expert landed, and outputs shaped like `xs`. What
+        should travel behind the demand transfers is started after this and before `run_last`.
+        Cost: `work.num_missing` transfers of one expert.
+        """
+        work, n = self.work, self.work.num_missing
+
+        def wave(i: jax.Array, carry):
+            y, cache, landed = carry
+            # At i == 0 nothing has landed: a loop of no trips, since a cond would copy the cache.
+            landing = jnp.minimum(i, 1)
+            cache = jax.lax.fori_loop(0, landing, lambda _, c: self._land(c, i - 1, landed), cache)
+            missing = work.num_cached + i
+            coming = fetch_rows(self.store, self._granule(missing))
+            first = jnp.where(i == 0, 0, missing - 1)
+            return self._compute(y, cache, first, missing), cache, coming
+
+        with jax.named_scope("moe_waves"):
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), cache.rows)
+            (y, nothing), _ = vary_together((jnp.zeros_like(self.xs), nothing), cache)
+            y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
+            last = jnp.minimum(n, 1)
+            cache = jax.lax.fori_loop(0, last, lambda _, c: self._land(c, n - 1, landed), cache)
+            return cache, y
+
+    def run_last(self, cache: SlotCache, y: jax.Array) -> jax.Array:
+        """The last wave: all cached experts when nothing was missing, else the last missing one."""
+        work, n = self.work, self.work.num_missing
+        with jax.named_scope("moe_last_wave"):
+            first = jnp.where(n == 0, 0, work.num_cached + n - 1)
+            return self._compute(y, cache, first, work.num_cached + n)
+
+    def _compute(self, y, cache, first, last):
+        work = self.work
         slots = layer_slot_of(cache.table, work.layer, work.wanted.shape[0])[work.order]
-        begin, end = plan.first_chunk[first], plan.first_chunk[last]
-        return run_chunks(y, xs, cache.rows, slots, plan, begin, end, sizes=sizes)
+        begin, end = self.plan.first_chunk[first], self.plan.first_chunk[last]
+        return run_chunks(y, self.xs, cache.rows, slots, self.plan, begin, end, sizes=self.sizes)
 
-    def wave(i: jax.Array, carry):
-        y, cache, landed = carry
-        # At i == 0 nothing has landed yet: a loop of no trips, since a cond would copy the cache.
-        cache = jax.lax.fori_loop(0, jnp.minimum(i, 1), lambda _, c: land(c, i - 1, landed), cache)
-        missing = work.num_cached + i
-        coming = fetch_rows(store, granule(missing))
-        first = jnp.where(i == 0, 0, missing - 1)
-        return compute(y, cache, first, missing), cache, coming
+    def _granule(self, position):
+        return self.work.layer * self.work.wanted.shape[0] + self.work.order[position]
 
-    def granule(position: jax.Array) -> jax.Array:
-        return work.layer * work.wanted.shape[0] + work.order[position]
-
-    def land(cache: SlotCache, i: jax.Array, expert: GatedWeights) -> SlotCache:
-        slot, _ = choose_slot(cache.table, work.layer, policy, work.wanted)
-        table = assign(cache.table, slot, granule(work.num_cached + i))
+    def _land(self, cache, i, expert):
+        slot, _ = choose_slot(cache.table, self.work.layer, self.policy, self.work.wanted)
+        table = assign(cache.table, slot, self._granule(self.work.num_cached + i))
         return SlotCache(table=table, rows=write_row(cache.rows, slot, expert))
-
-    with jax.named_scope("moe_waves"):
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), cache.rows)
-        n = work.num_missing
-        (y, nothing), _ = vary_together((jnp.zeros_like(xs), nothing), cache)
-        y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
-        cache = jax.lax.fori_loop(0, jnp.minimum(n, 1), lambda _, c: land(c, n - 1, landed), cache)
-        first = jnp.where(n == 0, 0, work.num_cached + n - 1)
-        return cache, compute(y, cache, first, work.num_cached + n)

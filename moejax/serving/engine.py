@@ -24,15 +24,18 @@ from moejax.core.structs import MoEMetrics
 from moejax.experts.stage import Stage, stacked
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.layers.attention import KVCache
+from moejax.layers.moe import MoEParams
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, forward, init_cache
 from moejax.offload.prefetch import Scorer
 from moejax.offload.preload import preload
 from moejax.offload.stage import OffloadConfig, OffloadState, init_state, offloaded
-from moejax.offload.store import EXPERT_SPEC
+from moejax.offload.store import EXPERT_SPEC, check_tiles
 from moejax.serving.prediction import Prediction, begin_token, see_prompt
 
 AXIS = "expert"
+# A tree of specs has the class of the tree it describes.
+_SESSION_SPECS: dict[str, Any] = dict(kv=P(), token=P(), key=P(), offload=P(AXIS))
 
 
 @struct.dataclass(kw_only=True)
@@ -98,9 +101,10 @@ def split_experts(params: DecoderParams, cfg: DecoderConfig) -> tuple[DecoderPar
     check(len(at) == 1, f"serving wants one group of MoE layers, this decoder has {len(at)}")
     groups = list(params.groups)
     layer = groups[at[0]]
-    experts = layer.mlp.experts
-    groups[at[0]] = layer.replace(mlp=layer.mlp.replace(experts=None))
-    return params.replace(groups=tuple(groups)), experts
+    assert isinstance(layer.mlp, MoEParams) and layer.mlp.experts is not None
+    bare = dataclasses.replace(layer.mlp, experts=None)
+    groups[at[0]] = dataclasses.replace(layer, mlp=bare)
+    return dataclasses.replace(params, groups=tuple(groups)), layer.mlp.experts
 
 
 def make_engine(
@@ -158,8 +162,10 @@ def make_programs(
     temperature: float = 0.0,
 ) -> Programs:
     """The jitted functions alone; `experts` may be abstract, for ahead-of-time compilation."""
+    if offload is not None:
+        check_tiles(experts, mesh.devices.flat[0].platform)
     body = _Program(cfg, offload, prediction, temperature)
-    session = Session(kv=P(), token=P(), key=P(), offload=P(AXIS))
+    session: Any = Session(**_SESSION_SPECS)
     model = (P(), EXPERT_SPEC, P(), session)
     out = (session, P(), P())
     prefill = jax.shard_map(body.prefill, mesh=mesh, in_specs=(*model, P(), P()), out_specs=out)
@@ -214,7 +220,7 @@ class _Program:
         out, session = self._forward(params, self._stage(experts, None), session, tokens, mask)
         if self.prediction:
             seen = see_prompt(_of_rank(session.offload.predictor), out.record.topk_idx, len(tokens))
-            session = _with_predictor(session, seen)
+            session = _with_offload(session, predictor=_as_rank(seen))
         last = jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
         logits = jnp.take_along_axis(out.logits, last[:, None, None], axis=1)[:, 0]
         return self._emit(session, logits, out.metrics)
@@ -224,7 +230,7 @@ class _Program:
         if self.prediction:
             scorer = self.prediction.scorer(predictor)
             begun = begin_token(_of_rank(session.offload.predictor), session.token)
-            session = _with_predictor(session, begun)
+            session = _with_offload(session, predictor=_as_rank(begun))
         stage = self._stage(experts, scorer)
         out, session = self._forward(params, stage, session, session.token[:, None], None)
         return self._emit(session, out.logits[:, 0], out.metrics)
@@ -232,7 +238,7 @@ class _Program:
     def preload(self, experts, session, granules):
         state = session.offload
         cache = preload(_of_rank(state.cache), experts, granules)
-        return session.replace(offload=state.replace(cache=_as_rank(cache)))
+        return _with_offload(session, cache=_as_rank(cache))
 
     def _stage(self, experts: GatedWeights, scorer: Scorer | None) -> Stage:
         if self.offload is None:
@@ -244,7 +250,7 @@ class _Program:
         out = forward(
             params, tokens, self.cfg, cache=session.kv, mask=mask, stage=stage, stage_state=state
         )
-        return out, session.replace(kv=out.cache, offload=_as_rank(out.stage_state))
+        return out, dataclasses.replace(session, kv=out.cache, offload=_as_rank(out.stage_state))
 
     def _emit(self, session, logits, metrics):
         key, draw = jax.random.split(session.key)
@@ -253,7 +259,7 @@ class _Program:
         else:
             token = jnp.argmax(logits, axis=-1)
         token = token.astype(jnp.int32)
-        return session.replace(token=token, key=key), token, metrics
+        return dataclasses.replace(session, token=token, key=key), token, metrics
 
 
 def _of_rank(tree):
@@ -265,5 +271,6 @@ def _as_rank(tree):
     return jax.tree.map(lambda leaf: leaf[None], tree)
 
 
-def _with_predictor(session, state):
-    return session.replace(offload=session.offload.replace(predictor=_as_rank(state)))
+def _with_offload(session, **changes):
+    """The session with fields of its offload state changed."""
+    return dataclasses.replace(session, offload=dataclasses.replace(session.offload, **changes))

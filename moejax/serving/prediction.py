@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from moejax.layers.moe import MoEParams
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.offload.prefetch import Scorer
@@ -47,6 +48,7 @@ def see_prompt(state: HistoryState | None, topk_idx: jax.Array, batch: int) -> H
 def stack_routers(params: DecoderParams, cfg: DecoderConfig) -> RouterParams:
     """The routers of all MoE layers with leading axis L."""
     (layers,) = [g for g, group in zip(params.groups, cfg.groups, strict=True) if group.moe]
+    assert isinstance(layers.mlp, MoEParams)
     return layers.mlp.router
 
 
@@ -64,7 +66,7 @@ def residual(learned: ResidualParams, params: DecoderParams, cfg: DecoderConfig)
     router_cfg = cfg.moe.router
     return Prediction(
         params=(learned, stack_routers(params, cfg)),
-        scorer=lambda both: scorers.residual_scorer(*both, router_cfg),
+        scorer=lambda both: scorers.residual_scorer(both[0], both[1], router_cfg),
     )
 
 
