@@ -234,32 +234,34 @@ def heldout_trace(
 
 
 def print_prediction(result: PredictionResult, console: Console | None = None) -> None:
-    """Recall@k of every predictor for every target layer, and the rest of the suite at the mean."""
+    """One table of recall@k for every target layer, one of the rest of the suite at the mean."""
     console = console or Console()
-    k = result.top_k
-    sizes = sorted(next(iter(result.evaluations.values())).recall)
-    layers = len(next(iter(result.evaluations.values())).exact_set)
-    table = Table(title=f"Predicted experts on {len(result.heldout_files)} held-out files")
-    table.add_column("predictor")
-    for layer in range(1, layers + 1):
-        table.add_column(f"@{k} layer {layer}", justify="right")
-    for m in sizes:
-        table.add_column(f"mean @{m}", justify="right", style="bold" if m == k else None)
-    half = max(next(iter(result.evaluations.values())).token_coverage)
-    for heading in ("exact set", "weight mass", f"coverage @{half}", "wasted KiB/token"):
-        table.add_column(heading, justify="right")
+    k, first = result.top_k, next(iter(result.evaluations.values()))
+    files = len(result.heldout_files)
+    layers = [f"layer {layer}" for layer in range(1, len(first.exact_set) + 1)]
+    recall = _table(f"recall@{k} on {files} held-out files", [*layers, "mean"])
+    sizes, half = sorted(first.recall), max(first.token_coverage)
+    headings = [*(f"@{m}" for m in sizes), "exact", "mass", f"cover@{half}", "wasted"]
+    title = f"means: recall@m, exact set, weight mass@{k}, coverage; wasted@{k} in KiB/token"
+    suite = _table(title, headings)
     for name, label in LABELS.items():
         one = result.evaluations[name]
-        means = [
-            *(np.mean(one.recall[m]) for m in sizes),
-            np.mean(one.exact_set),
-            np.mean(one.weight_mass[k]),
-            np.mean(one.token_coverage[half]),
-        ]
-        cells = [*one.recall[k], *means]
+        cells = [*one.recall[k], one.mean_recall(k)]
+        recall.add_row(label, *(f"{value:.3f}" for value in cells))
+        cells = [one.mean_recall(m) for m in sizes]
+        cells += [np.mean(v) for v in (one.exact_set, one.weight_mass[k], one.token_coverage[half])]
         wasted = sum(one.wasted_bytes[k]) / 1024
-        table.add_row(label, *(f"{value:.3f}" for value in cells), f"{wasted:,.0f}")
-    console.print(table)
+        suite.add_row(label, *(f"{value:.3f}" for value in cells), f"{wasted:,.0f}")
+    console.print(recall)
+    console.print(suite)
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("predictor", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _describe(update):

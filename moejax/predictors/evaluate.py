@@ -63,7 +63,7 @@ def evaluate(
         sizes: the m to report, by default k, k + 2 and 2 k.
         coverage_batch: sequences decoded side by side for `token_coverage`, which is reported at
             a quarter and a half of the experts; tokens of the same position in that many
-            neighbouring sequences form one batch, B % batch sequences are left out.
+            sequences, spread over the recording, form one batch. B % batch are left out.
     """
     chosen = recording.topk_idx[1:]
     top_k, num_experts = chosen.shape[-1], scores.shape[-1]
@@ -109,16 +109,16 @@ def token_coverage(
     targets, sequences, length, num_experts = scores.shape
     top_k, batch = chosen.shape[-1], min(batch, sequences)
     groups = sequences // batch
-    shape = (targets, groups, batch, length, -1)
-    asked = np.swapaxes(chosen[:, : groups * batch].reshape(shape), 2, 3)
-    asked = asked.reshape(targets, groups * length, batch * top_k)
     scores, chosen = scores[:, : groups * batch], chosen[:, : groups * batch]
+    shape = (targets, batch, groups, length, -1)
+    asked = np.moveaxis(chosen.reshape(shape), 1, 3)  # [L - 1, groups, S, batch, K]
+    asked = asked.reshape(targets, groups * length, batch * top_k)
     share = np.exp(scores - scores.max(-1, keepdims=True))
     share /= share.sum(-1, keepdims=True) * (batch + 1)
     best = np.argsort(-scores, axis=-1, kind="stable")[..., :top_k]
     votes = share + one_hot_sets(best, num_experts)
     votes *= (chosen < num_experts).any(-1, keepdims=True)
-    votes = votes.reshape(shape).sum(2).reshape(targets, groups * length, num_experts)
+    votes = votes.reshape(shape).sum(1).reshape(targets, groups * length, num_experts)
     rank, real = _ranks(votes, asked)
     total = np.maximum(real.sum((1, 2)), 1)
     return {m: ((rank < m).sum((1, 2)) / total).tolist() for m in sizes}
