@@ -1,5 +1,6 @@
 """Predictors come back bit-equal, and nothing else comes back."""
 
+import gc
 import json
 import shutil
 
@@ -15,6 +16,13 @@ from moejax.predictors.residual import init_residual
 
 # A restore that orbax gives up on leaves coroutines behind that were never awaited.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect_here():
+    """Finds those coroutines in this module, where they are expected."""
+    yield
+    gc.collect()
 
 
 def predictors() -> dict[str, store.Predictor]:
