@@ -100,6 +100,23 @@ def test_leftovers_of_a_killed_save_do_not_count(tmp_path):
     assert not leftover.exists()
 
 
+@pytest.mark.parametrize("lost", ["params", "extra", "_CHECKPOINT_METADATA", "commit_success.txt"])
+def test_an_older_checkpoint_killed_while_it_was_removed_does_not_matter(tmp_path, lost):
+    write(tmp_path, steps=(1, 2))
+    item = tmp_path / "1" / lost
+    shutil.rmtree(item) if item.is_dir() else item.unlink()
+    assert_equal(read(tmp_path)[0], trees(2))
+    write(tmp_path, steps=(3, 4))
+    assert_equal(read(tmp_path)[0], trees(4))
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["3", "4"]
+
+
+def test_refuses_a_folder_inside_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write checkpoints in .*file/run: Not a directory"):
+        checkpoints.open_manager(tmp_path / "file" / "run")
+
+
 def refused(call, *args, **kwargs):
     with pytest.raises(InputError) as error:
         call(*args, **kwargs)
