@@ -23,15 +23,18 @@ from configs.quickstart import QuickstartConfig, get_config
 from experiments import cli
 from experiments.quickstart_steps import decode, report
 from experiments.quickstart_steps.predict import print_prediction, run_prediction
+from experiments.quickstart_steps.preflight import check_steps
 from experiments.quickstart_steps.train import Trained, checkpoint_folder, run_training
-from moejax.checkpoint.params import restore_params
+from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
 from moejax.core.overlay import overlay
-from moejax.data.text import Corpus
+from moejax.data.text import Corpus, load_corpus
+from moejax.models.restore import restore_params
 from moejax.serving.engine import make_engine, split_experts
 
 WORKDIR = flags.DEFINE_string("workdir", "workdir", "folder for checkpoints, report and plots")
 DATA = flags.DEFINE_string("data", None, "text file or folder; default: the standard library")
+SET = cli.define_set()
 console = Console()
 
 
@@ -43,10 +46,7 @@ def decode_all(
     params, model = restore_params(checkpoint_folder(workdir), mesh=mesh)
     _, host = split_experts(params, model)
     bandwidths = decode.measure_bandwidths(host)
-    capacity = cfg.decode.prompt_bytes + max(*cfg.decode.new_tokens, cfg.decode.sample_bytes) + 1
-    engines, slots = decode.make_engines(
-        params, model, learned, mesh, cfg.decode, capacity=capacity
-    )
+    engines, slots = decode.make_engines(params, model, learned, mesh, cfg.decode)
     results, identical = {}, {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -68,7 +68,7 @@ def decode_all(
         resident.experts,
         model,
         mesh,
-        capacity=capacity,
+        capacity=resident.capacity,
         temperature=cfg.decode.temperature,
     )
     return results, identical, bandwidths, decode.sample_text(writer, corpus.heldout, cfg.decode)
@@ -93,14 +93,17 @@ def forget_weights(training: Trained) -> Trained:
 
 
 def main() -> None:
+    check(WORKDIR.value != "", "--workdir is empty; name a folder")
     workdir = pathlib.Path(WORKDIR.value)
     cli.check_writable(cli.JSON.value)
     cli.check_writable(str(workdir / "report.json"))
-    cfg = overlay(get_config(), cli.SET.value)
+    cfg = overlay(get_config(), SET.value)
     if DATA.value is not None:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=DATA.value))
+    model, corpus = cfg.model.decoder(), load_corpus(cfg.data)
+    check_steps(model, corpus, cfg.predict, cfg.decode)
     console.rule("1. train")
-    training = run_training(cfg, workdir)
+    training = run_training(cfg, workdir, corpus=corpus)
     console.print(training_summary(training))
     console.rule("2. routing prediction")
     params, corpus = training.result.state.params, training.corpus

@@ -67,7 +67,7 @@ def make_engines(cfg: DecoderConfig, capacity: int) -> tuple[dict[str, Engine], 
             dense, to_host(experts, mesh), cfg, mesh, capacity=capacity, offload=offload
         ),
     }
-    return engines, jnp.arange(total, dtype=jnp.int32)
+    return engines, jnp.arange(total, dtype=jnp.int32)[None]
 
 
 def compare(engines: dict[str, Engine], granules: jax.Array, batch: int, rounds: int) -> dict:

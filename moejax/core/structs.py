@@ -26,8 +26,8 @@ class Routing:
 class MoEMetrics:
     """What one MoE layer did; stacked to a leading [L] by the scan over layers.
 
-    Transfers are counted in whole experts; multiply by the bytes of one expert for bytes. All zero
-    on a resident layer.
+    Lookups and transfers are summed over ranks and counted in whole experts; multiply by the bytes
+    of one expert for bytes. Transfers are zero on a resident layer.
     """
 
     expert_load: jax.Array  # int32 [E], assignments per expert
@@ -39,7 +39,7 @@ class MoEMetrics:
     demand_fetches: jax.Array  # int32 [], experts fetched because they were missing
     prefetches: jax.Array  # int32 [], experts fetched for this layer ahead of time
     prefetches_wasted: jax.Array  # int32 [], of those, the ones this layer did not want
-    waves: jax.Array  # int32 [], rounds of fetch and compute
+    waves: jax.Array  # int32 [], rounds of fetch and compute of the slowest rank
 
 
 def zero_metrics(num_experts: int) -> MoEMetrics:

@@ -36,3 +36,8 @@ def local_routing(routing: Routing, axis: str | None, num_local: int) -> Routing
 def sum_ranks(tree: Tree, axis: str | None) -> Tree:
     """Sum over the ranks of `axis`. Cost: one all-reduce of each leaf."""
     return tree if axis is None else jax.lax.psum(tree, axis)
+
+
+def most_of_ranks(x: jax.Array, axis: str | None) -> jax.Array:
+    """Maximum over the ranks of `axis`."""
+    return x if axis is None else jax.lax.pmax(x, axis)

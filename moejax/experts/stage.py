@@ -9,6 +9,7 @@ Axis letters:
     T  tokens    K  experts per token    N  assignments, T * K    D  model dim    E  experts
 """
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
@@ -110,8 +111,8 @@ def stacked(experts: GatedWeights, *, axis: str | None = None) -> Stage:
         rows = permute(x, permutation, top_k)
         outputs = grouped_ffn(rows, flat, permutation.group_sizes, group_rows=group_rows)
         y = ungroup(outputs, permutation, top_k)
-        counts = resident_counts(permutation.group_sizes)
-        return sum_ranks(y, axis), state, sum_ranks(counts, axis)
+        counts = sum_ranks(resident_counts(permutation.group_sizes), axis)
+        return sum_ranks(y, axis), state, dataclasses.replace(counts, waves=jnp.int32(1))
 
     return stage
 

@@ -54,9 +54,10 @@ def demand(scores: jax.Array, valid: jax.Array, top_k: int) -> jax.Array:
     Each valid token (bool [T]) votes for the `top_k` experts it scores highest with `1 + softmax`,
     and for the others with its softmax alone.
     """
-    share = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-    kth = jax.lax.top_k(share, top_k)[0][:, -1:]
-    votes = share + (share >= kth).astype(jnp.float32)
+    scores = scores.astype(jnp.float32)
+    # Compared by score: softmax underflows to ties.
+    kth = jax.lax.top_k(scores, top_k)[0][:, -1:]
+    votes = jax.nn.softmax(scores, axis=-1) + (scores >= kth).astype(jnp.float32)
     return jnp.sum(jnp.where(valid[:, None], votes, 0.0), axis=0)
 
 
@@ -72,10 +73,12 @@ def absorb(
     used = jnp.int32(0)
     for lane, expert in enumerate(landing.experts):
         granule = landing.granule[lane]
-        local = jnp.clip(granule - layer * num_experts, 0, num_experts - 1)
+        local = granule - layer * num_experts
+        ours = (local >= 0) & (local < num_experts)
+        local = jnp.clip(local, 0, num_experts - 1)
         slot, is_free = choose_slot(cache.table, layer, policy, wanted)
         absent = cache.table.slot_of[jnp.maximum(granule, 0)] < 0
-        take = ((granule >= 0) & wanted[local] & absent & is_free).astype(jnp.int32)
+        take = (ours & wanted[local] & absent & is_free).astype(jnp.int32)
 
         def write(_, cache, slot=slot, granule=granule, expert=expert):
             rows = write_row(cache.rows, slot, expert)
@@ -93,10 +96,10 @@ def choose(
 ) -> tuple[jax.Array, jax.Array]:
     """Granules to fetch for `layer + 1`, and which lanes really fetch.
 
-    `missing`: of the `lanes` experts with the most `votes` [E], those that are not cached; the
-    other lanes move nothing. `always`: the `lanes` experts with the most votes among those not
-    cached, unconditionally, as a transfer under a condition cannot overlap on TPU; after the last
-    layer these are the most used experts of layer 0, for the next token.
+    Both take the `lanes` experts with the most `votes` [E] among those not cached. `missing` moves
+    only those that some token is predicted to choose (a vote of at least 1). `always` moves all, as
+    a transfer under a condition cannot overlap on TPU; after the last layer these are the most used
+    experts of layer 0, for the next token.
     """
     num_experts = votes.shape[0]
     num_layers = table.slot_of.shape[0] // num_experts
@@ -104,8 +107,8 @@ def choose(
     target = jnp.where(is_last, 0, layer + 1)
     cached = layer_slot_of(table, target, num_experts) >= 0
     if mode == "missing":
-        _, expert = jax.lax.top_k(votes, lanes)
-        live = ~cached[expert] & ~is_last
+        vote, expert = jax.lax.top_k(jnp.where(cached, -1.0, votes), lanes)
+        live = (vote >= 1.0) & ~is_last
     else:
         start = (target * num_experts,)
         uses = jax.lax.dynamic_slice(table.usage.uses, start, (num_experts,))

@@ -17,7 +17,8 @@ from moejax.offload.store import flatten
 def preload(cache: SlotCache, store: GatedWeights, granules: jax.Array) -> SlotCache:
     """The cache after fetching `granules` (int32 [n], row `layer * E + expert`) in turn.
 
-    Granules that are there already are skipped; when a layer's slots are full its least recently
+    Granules that are there already are skipped, and so are ids outside [0, L * E), so that lists
+    of unequal length can be padded with -1; when a layer's slots are full its least recently
     used row goes. Cost: one transfer of an expert each. Call inside jit with the cache donated.
     """
     rows, num_experts = flatten(store), store.w_gate.shape[1]
@@ -31,8 +32,9 @@ def preload(cache: SlotCache, store: GatedWeights, granules: jax.Array) -> SlotC
         return SlotCache(table=table, rows=write_row(cache.rows, slot, expert)), granule
 
     def visit(i, cache):
-        granule = granules[i]
-        absent = (cache.table.slot_of[granule] < 0).astype(jnp.int32)
-        return jax.lax.fori_loop(0, absent, load, (cache, granule))[0]
+        granule, total = granules[i], cache.table.slot_of.shape[0]
+        exists = (granule >= 0) & (granule < total)
+        absent = exists & (cache.table.slot_of[jnp.clip(granule, 0, total - 1)] < 0)
+        return jax.lax.fori_loop(0, absent.astype(jnp.int32), load, (cache, granule))[0]
 
     return jax.lax.fori_loop(0, granules.shape[0], visit, cache)

@@ -10,15 +10,15 @@ Axis letters:
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moejax.core.errors import InputError, check
+from moejax.core.errors import check
 from moejax.core.structs import Routing
-from moejax.experts.shard import first_expert, local_routing, sum_ranks
+from moejax.experts.shard import first_expert, local_routing, most_of_ranks, sum_ranks
 from moejax.experts.stage import Stage, StageCounts
 from moejax.kernels.chunks import pad_rows, pick_sizes, plan_chunks, zero_tail
 from moejax.kernels.grouped_ffn import GatedWeights
@@ -35,7 +35,7 @@ from moejax.offload.slots import (
     touch_layer,
 )
 from moejax.offload.store import flatten
-from moejax.offload.waves import Waves, Work, processing_order
+from moejax.offload.waves import Call, Work, processing_order, run_last, run_missing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,13 @@ class OffloadConfig:
         check(self.num_slots >= 1, f"num_slots={self.num_slots} must be at least 1")
         lanes = self.prefetch_lanes
         check(lanes >= 0, f"prefetch_lanes={lanes} must not be negative")
-        if self.policy not in POLICIES:
-            raise InputError(f"policy={self.policy!r} is not one of {sorted(POLICIES)}")
+        for name, known in (
+            ("policy", sorted(POLICIES)),
+            ("quota", ["layer", "shared"]),
+            ("fetch_mode", list(get_args(FetchMode))),
+        ):
+            value = getattr(self, name)
+            check(value in known, f"{name}={value!r} is not one of {known}")
 
 
 @struct.dataclass(kw_only=True)
@@ -79,6 +84,10 @@ def init_state(experts: GatedWeights, cfg: OffloadConfig, *, predictor: Any = No
     check(
         cfg.prefetch_lanes <= num_experts,
         f"prefetch_lanes={cfg.prefetch_lanes} exceeds the {num_experts} experts of a rank",
+    )
+    check(
+        cfg.num_slots <= num_layers * num_experts,
+        f"num_slots={cfg.num_slots} exceeds the {num_layers * num_experts} experts of a rank",
     )
     if cfg.quota == "layer":
         slot_layer = layer_slots(cfg.num_slots, num_layers)
@@ -140,14 +149,14 @@ def offloaded(
             num_cached=num_cached,
             num_missing=num_wanted - num_cached,
         )
-        waves, permutation = _plan(x, local, work)
-        cache, y = waves.run_missing(cache)
+        call, permutation = _plan(x, local, work)
+        cache, y = run_missing(call, cache)
         if has_lanes:
             # Behind the demand transfers on the link, beside the last wave's compute.
             landing, predictor = _look_ahead(x, routing, layer, cache, landing, predictor)
-        y = waves.run_last(cache, y)
+        y = run_last(call, cache, y)
         with jax.named_scope("moe_unpermute"):
-            y = zero_tail(y, jnp.sum(permutation.group_sizes), sizes=waves.sizes)
+            y = zero_tail(y, jnp.sum(permutation.group_sizes), sizes=call.sizes)
             y = ungroup(y[: local.topk_idx.size], permutation, local.topk_idx.shape[1])
         counts = StageCounts(
             lookups=num_wanted,
@@ -158,7 +167,10 @@ def offloaded(
             waves=1 + work.num_missing,
         )
         state = OffloadState(cache=cache, landing=landing, predictor=predictor)
-        return sum_ranks(y, axis), state, sum_ranks(counts, axis)
+        counts = dataclasses.replace(
+            sum_ranks(counts, axis), waves=most_of_ranks(counts.waves, axis)
+        )
+        return sum_ranks(y, axis), state, counts
 
     def _look_ahead(x, routing, layer, cache, landing, predictor):
         if scorer is None:
@@ -183,6 +195,7 @@ def offloaded(
             permutation = sort_by_group(routing.topk_idx, num_experts, group_order=work.order)
             xs = pad_rows(permute(x, permutation, top_k), num_rows + sizes[-1])
             plan = plan_chunks(permutation.group_sizes, sizes=sizes, num_rows=num_rows)
-        return Waves(rows, xs, work, plan, policy, sizes=sizes), permutation
+        call = Call(store=rows, xs=xs, work=work, plan=plan, policy=policy, sizes=sizes)
+        return call, permutation
 
     return stage

@@ -13,6 +13,8 @@ Axis letters:
     S  slots    E  experts of this rank    M  rows    D  model dim
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -46,72 +48,69 @@ def processing_order(wanted: jax.Array, slot_of: jax.Array) -> tuple[jax.Array, 
     return order, jnp.sum(rank == 0, dtype=jnp.int32)
 
 
-class Waves:
-    """The chunks of one layer call, to be served in waves.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One layer call, ready to be served in waves."""
 
-    Args:
-        store: host leaves [N, ...].
-        xs: rows in processing order, padded as `run_chunks` wants.
-        plan: chunks of the rows, groups in processing order.
+    store: GatedWeights  # host leaves [N, ...]
+    xs: jax.Array  # [M + S, D] rows in processing order, padded as `run_chunks` wants
+    work: Work
+    plan: ChunkPlan  # groups in processing order
+    policy: Policy
+    sizes: tuple[int, ...]
+
+
+def run_missing(call: Call, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
+    """Fetches every missing expert and runs all waves but the last.
+
+    Returns the cache, with the last missing expert landed, and outputs shaped like `xs`. What
+    should travel behind the demand transfers is started after this and before `run_last`.
+    Cost: `work.num_missing` transfers of one expert.
     """
+    work, n = call.work, call.work.num_missing
 
-    def __init__(
-        self,
-        store: GatedWeights,
-        xs: jax.Array,
-        work: Work,
-        plan: ChunkPlan,
-        policy: Policy,
-        *,
-        sizes: tuple[int, ...],
-    ):
-        self.store, self.xs, self.work, self.plan = store, xs, work, plan
-        self.policy, self.sizes = policy, sizes
+    def wave(i: jax.Array, carry):
+        y, cache, landed = carry
+        # At i == 0 nothing has landed: a loop of no trips, since a cond would copy the cache.
+        landing = jnp.minimum(i, 1)
+        cache = jax.lax.fori_loop(0, landing, lambda _, c: _land(call, c, i - 1, landed), cache)
+        missing = work.num_cached + i
+        coming = fetch_rows(call.store, _granule(work, missing))
+        first = jnp.where(i == 0, 0, missing - 1)
+        return _compute(call, y, cache, first, missing), cache, coming
 
-    def run_missing(self, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
-        """Fetches every missing expert and runs all waves but the last.
+    with jax.named_scope("moe_waves"):
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), cache.rows)
+        (y, nothing), _ = vary_together((jnp.zeros_like(call.xs), nothing), cache)
+        y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
+        last = jnp.minimum(n, 1)
+        cache = jax.lax.fori_loop(0, last, lambda _, c: _land(call, c, n - 1, landed), cache)
+        return cache, y
 
-        Returns the cache, with the last missing expert landed, and outputs shaped like `xs`. What
-        should travel behind the demand transfers is started after this and before `run_last`.
-        Cost: `work.num_missing` transfers of one expert.
-        """
-        work, n = self.work, self.work.num_missing
 
-        def wave(i: jax.Array, carry):
-            y, cache, landed = carry
-            # At i == 0 nothing has landed: a loop of no trips, since a cond would copy the cache.
-            landing = jnp.minimum(i, 1)
-            cache = jax.lax.fori_loop(0, landing, lambda _, c: self._land(c, i - 1, landed), cache)
-            missing = work.num_cached + i
-            coming = fetch_rows(self.store, self._granule(missing))
-            first = jnp.where(i == 0, 0, missing - 1)
-            return self._compute(y, cache, first, missing), cache, coming
+def run_last(call: Call, cache: SlotCache, y: jax.Array) -> jax.Array:
+    """The last wave: all cached experts when nothing was missing, else the last missing one."""
+    work, n = call.work, call.work.num_missing
+    with jax.named_scope("moe_last_wave"):
+        first = jnp.where(n == 0, 0, work.num_cached + n - 1)
+        return _compute(call, y, cache, first, work.num_cached + n)
 
-        with jax.named_scope("moe_waves"):
-            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), cache.rows)
-            (y, nothing), _ = vary_together((jnp.zeros_like(self.xs), nothing), cache)
-            y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
-            last = jnp.minimum(n, 1)
-            cache = jax.lax.fori_loop(0, last, lambda _, c: self._land(c, n - 1, landed), cache)
-            return cache, y
 
-    def run_last(self, cache: SlotCache, y: jax.Array) -> jax.Array:
-        """The last wave: all cached experts when nothing was missing, else the last missing one."""
-        work, n = self.work, self.work.num_missing
-        with jax.named_scope("moe_last_wave"):
-            first = jnp.where(n == 0, 0, work.num_cached + n - 1)
-            return self._compute(y, cache, first, work.num_cached + n)
+def _compute(call, y, cache, first, last):
+    """Runs the chunks of the experts at positions [first, last) of the processing order."""
+    work, plan = call.work, call.plan
+    slots = layer_slot_of(cache.table, work.layer, work.wanted.shape[0])[work.order]
+    begin, end = plan.first_chunk[first], plan.first_chunk[last]
+    return run_chunks(y, call.xs, cache.rows, slots, plan, begin, end, sizes=call.sizes)
 
-    def _compute(self, y, cache, first, last):
-        work = self.work
-        slots = layer_slot_of(cache.table, work.layer, work.wanted.shape[0])[work.order]
-        begin, end = self.plan.first_chunk[first], self.plan.first_chunk[last]
-        return run_chunks(y, self.xs, cache.rows, slots, self.plan, begin, end, sizes=self.sizes)
 
-    def _granule(self, position):
-        return self.work.layer * self.work.wanted.shape[0] + self.work.order[position]
+def _granule(work, position):
+    return work.layer * work.wanted.shape[0] + work.order[position]
 
-    def _land(self, cache, i, expert):
-        slot, _ = choose_slot(cache.table, self.work.layer, self.policy, self.work.wanted)
-        table = assign(cache.table, slot, self._granule(self.work.num_cached + i))
-        return SlotCache(table=table, rows=write_row(cache.rows, slot, expert))
+
+def _land(call, cache, i, expert):
+    """The i-th missing expert enters the cache."""
+    work = call.work
+    slot, _ = choose_slot(cache.table, work.layer, call.policy, work.wanted)
+    table = assign(cache.table, slot, _granule(work, work.num_cached + i))
+    return SlotCache(table=table, rows=write_row(cache.rows, slot, expert))

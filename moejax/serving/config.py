@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from moejax.core.errors import check
+from moejax.core.errors import check, check_seed
+from moejax.offload.budget import parse_budget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class DecodeConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_seed(self.seed)
+        parse_budget(self.device_budget)
         sizes, counts = self.batch_sizes, self.new_tokens
         check(
             len(sizes) == len(counts) > 0,
@@ -39,6 +42,8 @@ class DecodeConfig:
             min(*sizes, *counts) >= 1,
             f"batch_sizes={sizes} and new_tokens={counts} must be positive",
         )
+        check(len(set(sizes)) == len(sizes), f"batch_sizes={sizes} names a size twice")
+        check(min(counts) >= 2, f"new_tokens={counts} must be at least 2: the first is not timed")
         check(self.prompt_bytes >= 4, f"prompt_bytes={self.prompt_bytes} must be at least 4")
         check(self.sample_bytes >= 1, f"sample_bytes={self.sample_bytes} must be at least 1")
         check(self.prefetch_lanes >= 1, f"prefetch_lanes={self.prefetch_lanes} must be at least 1")

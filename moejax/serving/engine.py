@@ -67,21 +67,39 @@ class Engine:
     def prefill(
         self, session: Session, tokens: jax.Array, mask: jax.Array
     ) -> tuple[Session, jax.Array, MoEMetrics]:
-        """Runs prompts int32 [B, S], mask bool [B, S] True on the left; the first new tokens."""
+        """Runs prompts int32 [B, S], mask bool [B, S] True on the left; the first new tokens.
+
+        Every row of `mask` has a True. Costs a host round trip to check that the cache has room.
+        """
+        used, new = int(session.kv.length.max()), tokens.shape[1]
         check(
-            tokens.shape[1] <= self.capacity,
-            f"a prompt of {tokens.shape[1]} positions exceeds the KV capacity {self.capacity}",
+            used + new <= self.capacity,
+            f"a prompt of {new} positions after {used} exceeds the KV capacity {self.capacity}",
         )
+        check(bool(jnp.all(mask[:, 0])), "a prompt without tokens: mask is False from the start")
         return self.programs.prefill(
             self.params, self.experts, self.predictor, session, tokens, mask
         )
 
     def step(self, session: Session) -> tuple[Session, jax.Array, MoEMetrics]:
-        """Decodes one token int32 [B] per sequence; metrics have a leading L."""
+        """Decodes one token int32 [B] per sequence; metrics have a leading L.
+
+        Nothing is synchronised, so nothing is checked here: the caller decodes at most
+        `capacity - prompt length` tokens. A sequence past that is told by `Session.kv.length`.
+        """
         return self.programs.step(self.params, self.experts, self.predictor, session)
 
     def preload(self, session: Session, granules: jax.Array) -> Session:
-        """Fills every rank's cache with `granules` (int32 [n], rank-local `layer * E + expert`)."""
+        """Fills the caches with `granules` int32 [R, n], a row of rank-local ids for every rank.
+
+        An id is `layer * E + expert` with E the experts of a rank; -1 pads.
+        """
+        check(session.offload is not None, "a resident engine has no cache to preload")
+        ranks = self.mesh.shape[AXIS]
+        check(
+            granules.ndim == 2 and granules.shape[0] == ranks,
+            f"granules has shape {granules.shape}, expected ({ranks}, n)",
+        )
         return self.programs.preload(self.experts, session, granules)
 
 
@@ -171,13 +189,13 @@ def make_programs(
     prefill = jax.shard_map(body.prefill, mesh=mesh, in_specs=(*model, P(), P()), out_specs=out)
     step = jax.shard_map(body.step, mesh=mesh, in_specs=model, out_specs=out)
     fill = jax.shard_map(
-        body.preload, mesh=mesh, in_specs=(EXPERT_SPEC, session, P()), out_specs=session
+        body.preload, mesh=mesh, in_specs=(EXPERT_SPEC, session, P(AXIS)), out_specs=session
     )
     start = partial(_start, experts, cfg, mesh.shape[AXIS], capacity, offload, prediction)
     return Programs(
         start=jax.jit(
             start,
-            static_argnames=("batch", "seed"),
+            static_argnames="batch",
             out_shardings=jax.tree.map(partial(jax.NamedSharding, mesh), session),
         ),
         prefill=jax.jit(prefill, donate_argnums=3),
@@ -237,7 +255,7 @@ class _Program:
 
     def preload(self, experts, session, granules):
         state = session.offload
-        cache = preload(_of_rank(state.cache), experts, granules)
+        cache = preload(_of_rank(state.cache), experts, granules[0])
         return _with_offload(session, cache=_as_rank(cache))
 
     def _stage(self, experts: GatedWeights, scorer: Scorer | None) -> Stage:

@@ -45,11 +45,17 @@ def test_demand_counts_predicted_assignments_of_valid_tokens():
     assert 2 <= float(votes[0]) < 4 and 1 <= float(votes[1]) < 2 and float(votes[3]) < 0.1
 
 
-def test_missing_mode_fetches_the_top_votes_that_are_not_cached(store):
+def test_demand_of_extreme_scores_votes_for_the_top_k_only():
+    """softmax([200, 0, -1, -2]) underflows to three zeros."""
+    votes = prefetch.demand(jnp.array([[200.0, 0.0, -1.0, -2.0]]), jnp.array([True]), 2)
+    np.testing.assert_allclose(votes, [2, 1, 0, 0], atol=1e-6)
+
+
+def test_missing_mode_fetches_what_is_predicted_and_not_cached(store):
     cache = cache_with(store, E + 2)  # layer 1, expert 2
-    votes = jnp.array([0.1, 0.9, 0.8, 0.2])
+    votes = jnp.array([0.1, 1.9, 1.8, 0.2])
     granule, live = prefetch.choose(votes, cache.table, jnp.int32(0), 2, "missing")
-    assert granule.tolist() == [E + 1, E + 2]
+    assert granule[0] == E + 1 and E + 2 not in granule.tolist()
     assert live.tolist() == [True, False]
 
 

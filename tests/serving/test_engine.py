@@ -139,7 +139,9 @@ def test_preloaded_engine_never_misses():
         capacity=16,
         offload=OffloadConfig(num_slots=L * E // 2),
     )
-    session = engine.preload(engine.start(4), jnp.arange(L * E // 2, dtype=jnp.int32))
+    session = engine.preload(
+        engine.start(4), jnp.tile(jnp.arange(L * E // 2, dtype=jnp.int32), (2, 1))
+    )
     session, token, metrics = engine.prefill(session, *prompts(4))
     assert int(metrics.demand_fetches.sum()) == 0
     np.testing.assert_array_equal(token, resident(4)[0])
@@ -170,5 +172,5 @@ def test_wrong_use_is_refused():
             prediction=next_gate(dense),
         )
     engine = make_engine(dense, experts, CFG, mesh, capacity=4)
-    with pytest.raises(InputError, match="prompt of 6 positions exceeds the KV capacity 4"):
+    with pytest.raises(InputError, match="prompt of 6 positions after 0 exceeds the KV capacity 4"):
         engine.prefill(engine.start(1), *prompts(1))
