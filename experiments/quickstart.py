@@ -12,12 +12,14 @@ expect: `configs/quickstart.py`.
 import dataclasses
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from configs.quickstart import QuickstartConfig, get_config
 from experiments import cli
@@ -35,7 +37,8 @@ from moejax.serving.engine import make_engine, split_experts
 WORKDIR = flags.DEFINE_string("workdir", "workdir", "folder for checkpoints, report and plots")
 DATA = flags.DEFINE_string("data", None, "text file or folder; default: the standard library")
 SET = cli.define_set()
-console = Console()
+# A log file has no width; the tables want this much.
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 def decode_all(
@@ -123,7 +126,7 @@ def main() -> None:
     record = cli.write_report("quickstart", "time", figures)
     cli.write_text(workdir / "report.json", json.dumps(record, indent=1) + "\n")
     cli.write_text(workdir / "report.md", report.markdown(record, sample))
-    console.print(f"[dim]{sample[0]}[/dim]{sample[1]}", markup=False, highlight=False)
+    console.print(Text(sample[0], style="dim") + Text(sample[1]))
     console.print(f"\nreport: {workdir / 'report.md'}")
     if not all(identical.values()):
         raise RuntimeError("the modes decoded different tokens; see report.json")
