@@ -135,7 +135,7 @@ class OffloadedDecode:
             fn=programs.step,
             abstract_args=(params, experts, predictor, session),
             prefetch_scope="offload_prefetch",
-            compute_scope="moe_waves",
+            compute_scope="moe_last_wave",
             demand_scope="moe_waves",
             cache_shapes=tuple((slots, *tail) for tail in tails),
             host_shapes=tuple((rows, *tail) for tail in tails)
