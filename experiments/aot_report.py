@@ -23,6 +23,7 @@ PROGRAM = flags.DEFINE_string(
     "program", "offloaded_decode", f"what to compile: {', '.join(PROGRAMS)}"
 )
 TARGET = flags.DEFINE_string("target", "v5e:2x2", "TPU generation and topology, e.g. v6e:2x2")
+SET = cli.define_set()
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
         f"--program={PROGRAM.value} is not one of {', '.join(PROGRAMS)}",
     )
     target = get_target(TARGET.value)
-    program = overlay(PROGRAMS[PROGRAM.value](), cli.SET.value)
+    program = overlay(PROGRAMS[PROGRAM.value](), SET.value)
     mesh = target_mesh(target.name, expert=program.expert_axis)
     built = program.build(mesh)
     facts = compile_for(built.fn, built.abstract_args)

@@ -10,17 +10,22 @@ import pathlib
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any, Literal
 
 from absl import app, flags, logging
 
-from moejax.core.errors import InputError
+from moejax.core.errors import InputError, check
 
 JSON = flags.DEFINE_string("json", None, "where to write the report of this run, as JSON")
-SET = flags.DEFINE_multi_string("set", [], "config override such as model.num_experts=64")
 Rung = Literal["numerics", "schedule", "time", "simulated"]
+
+flags.disclaim_key_flags()  # what is defined below counts as the calling program's, for --help
+
+
+def define_set() -> flags.FlagHolder:
+    """The flag `--set`, for programs that have a config; unknown to the others."""
+    return flags.DEFINE_multi_string("set", [], "config override such as model.num_experts=64")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -44,6 +49,7 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(130)
 
     _settle_platform()
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["json"])
     app.run(guarded, flags_parser=_parse)
 
 
@@ -71,33 +77,40 @@ def _fail(message: str) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` under a temporary name beside `path`, then renames it."""
+    """Writes `text`, see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file, complete or not at all: under a temporary name beside `path`, then renamed."""
     path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def check_writable(path: str | None) -> None:
-    """Fails now, not after minutes of work, when the folder of `path` cannot be written."""
+    """Fails now, not after minutes of work, when `path` cannot become a file."""
     if path is None:
         return
-    folder = pathlib.Path(path).absolute().parent
+    check(path != "", "the path of an output file is empty")
+    target = pathlib.Path(path).absolute()
+    check(not target.is_dir(), f"cannot write {path}: it is a folder")
+    # A device such as /dev/null would be replaced by the rename.
+    check(target.is_file() or not target.exists(), f"cannot write {path}: it is not a regular file")
+    folder = target.parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {path}: {folder} is not a writable folder")
-    if pathlib.Path(path).is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
+    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    check(writable, f"cannot write {path}: {folder} is not a writable folder")
 
 
 def report(name: str, rung: Rung, figures: dict[str, Any], *, device: str | None = None) -> dict:

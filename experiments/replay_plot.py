@@ -2,7 +2,6 @@
 
 import io
 import logging
-import pathlib
 from typing import Any
 
 import matplotlib
@@ -11,6 +10,8 @@ matplotlib.use("Agg")
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # "generated new fontManager"
 
 import matplotlib.pyplot as plt  # noqa: E402
+
+from experiments import cli  # noqa: E402
 
 STYLES = {  # per-layer variants share the colour of the policy inside the layer
     "belady": ("Belady (knows the future)", "black", ":"),
@@ -44,7 +45,7 @@ def plot(figures: dict[str, Any], path: str) -> None:
     png = io.BytesIO()
     figure.savefig(png, dpi=130, format="png")
     plt.close(figure)
-    _write(pathlib.Path(path), png.getvalue())
+    cli.write_bytes(path, png.getvalue())
 
 
 def _draw_policies(axes, figures: dict[str, Any]) -> None:
@@ -63,14 +64,3 @@ def _draw_policies(axes, figures: dict[str, Any]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks([float(key) for key in keys], keys)
     axes.minorticks_off()
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

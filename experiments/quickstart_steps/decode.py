@@ -76,44 +76,54 @@ def make_prompts(heldout: Split, batch: int, cfg: DecodeConfig) -> tuple[jax.Arr
     return jnp.asarray(tokens), jnp.asarray(mask)
 
 
+def kv_capacity(cfg: DecodeConfig) -> int:
+    """Positions that a session holds: the longest prompt and all that follows it."""
+    return cfg.prompt_bytes + max(*cfg.new_tokens, cfg.sample_bytes) + 1
+
+
+def plan_modes(
+    dense: DecoderParams, host: GatedWeights, model: DecoderConfig, cfg: DecodeConfig
+) -> dict[str, OffloadConfig | None]:
+    """What the budget gives to every mode, None for all experts; the weights may be abstract.
+
+    Raises `InputError` that says the smallest budget when a mode does not fit.
+    """
+    budget = parse_budget(cfg.device_budget)
+    plans: dict[str, OffloadConfig | None] = {
+        "resident": None,
+        "on_demand": OffloadConfig(num_slots=1, quota="shared"),
+    }
+    for mode in MODES[2:]:
+        lanes = 0 if mode == "cache" else cfg.prefetch_lanes
+        footprint = footprint_of(dense, host, model, cfg, lanes)
+        num_slots = solve_slots(budget, footprint, min_slots=model.num_moe_layers)
+        plans[mode] = OffloadConfig(num_slots=num_slots, policy=cfg.policy, prefetch_lanes=lanes)
+    return plans
+
+
 def make_engines(
     params: DecoderParams,
     model: DecoderConfig,
     learned: ResidualParams,
     mesh: jax.sharding.Mesh,
     cfg: DecodeConfig,
-    *,
-    capacity: int,
 ) -> tuple[dict[str, Engine], dict[str, int]]:
     """An engine per mode, over one host store, and the slots that the budget gave each."""
     dense, host = split_experts(params, model)
-    budget = parse_budget(cfg.device_budget)
     predictions = {
         "next_gate": prediction.next_gate(dense, model),
         "learned": prediction.residual(learned, dense, model),
     }
     engines, slots = {}, {}
-    for mode in MODES:
-        if mode == "resident":
-            slots[mode] = model.num_moe_layers * model.moe.router.num_experts
-            engines[mode] = make_engine(
-                dense, to_device(host, mesh), model, mesh, capacity=capacity
-            )
-            continue
-        if mode == "on_demand":
-            offload = OffloadConfig(num_slots=1, quota="shared")
-        else:
-            lanes = cfg.prefetch_lanes if mode in predictions else 0
-            footprint = footprint_of(dense, host, model, cfg, capacity, lanes)
-            num_slots = solve_slots(budget, footprint, min_slots=model.num_moe_layers)
-            offload = OffloadConfig(num_slots=num_slots, policy=cfg.policy, prefetch_lanes=lanes)
-        slots[mode] = offload.num_slots
+    for mode, offload in plan_modes(dense, host, model, cfg).items():
+        everything = model.num_moe_layers * model.moe.router.num_experts
+        slots[mode] = offload.num_slots if offload else everything
         engines[mode] = make_engine(
             dense,
-            host,
+            host if offload else to_device(host, mesh),
             model,
             mesh,
-            capacity=capacity,
+            capacity=kv_capacity(cfg),
             offload=offload,
             prediction=predictions.get(mode),
         )
@@ -125,7 +135,6 @@ def footprint_of(
     host: GatedWeights,
     model: DecoderConfig,
     cfg: DecodeConfig,
-    capacity: int,
     lanes: int,
 ) -> Footprint:
     """Device bytes besides slots, at the largest batch of the comparison."""
@@ -135,7 +144,7 @@ def footprint_of(
     assignments = batch * cfg.prompt_bytes * model.moe.router.top_k
     return Footprint(
         dense_bytes=nbytes(dense),
-        kv_bytes=2 * model.num_layers * batch * capacity * width * item,
+        kv_bytes=2 * model.num_layers * batch * kv_capacity(cfg) * width * item,
         # Sorted rows in and out of the experts, and the logits.
         workspace_bytes=4 * assignments * model.d_model * 4
         + batch * cfg.prompt_bytes * model.vocab_size * 4,

@@ -1,5 +1,6 @@
 """Quickstart step 5: the pictures."""
 
+import io
 import pathlib
 
 import matplotlib
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments import cli
 from experiments.quickstart_steps.decode import ModeResult
 from experiments.quickstart_steps.predict import LABELS
 
@@ -25,8 +27,10 @@ def _save(axes: Axes, path: pathlib.Path, title: str, x: str, y: str) -> None:
 
 def _write(figure: Figure, path: pathlib.Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120, format="png")
     plt.close(figure)
+    cli.write_bytes(path, png.getvalue())
 
 
 def _axes(width: float = 7.0, height: float = 4.2) -> Axes:

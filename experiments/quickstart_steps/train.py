@@ -34,14 +34,21 @@ class Trained:
 
 
 def run_training(
-    cfg: QuickstartConfig, workdir: str | pathlib.Path, *, show_progress: bool = True
+    cfg: QuickstartConfig,
+    workdir: str | pathlib.Path,
+    *,
+    corpus: Corpus | None = None,
+    show_progress: bool = True,
 ) -> Trained:
-    """Trains, or resumes from `workdir`/checkpoints; the checkpoints are complete on return."""
+    """Trains, or resumes from `workdir`/checkpoints; the checkpoints are complete on return.
+
+    `corpus` is that of `cfg.data` when it is already loaded.
+    """
     model = cfg.model.decoder()
     for name in ("eval_bytes", "eval_batch_size"):
         value = getattr(cfg, name)
         check(value >= 1, f"{name}={value} must be at least 1")
-    corpus = load_corpus(cfg.data)
+    corpus = corpus or load_corpus(cfg.data)
     check_batches(corpus, cfg.train.batch_size, cfg.train.seq_len)
     result = train(
         corpus.train.data,

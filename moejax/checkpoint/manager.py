@@ -6,7 +6,6 @@ so that a server restores them without reading the optimizer; `extra` is JSON.
 """
 
 import contextlib
-import errno
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from moejax.core.disk import writing
 from moejax.core.errors import InputError, check
 from moejax.core.memory import nbytes
 
@@ -40,7 +40,7 @@ def open_manager(
         cleanup_tmp_directories=not read_only,
         create=not read_only,
     )
-    with _one_line_errors(path):
+    with writing("checkpoints", path):
         return ocp.CheckpointManager(
             path, item_handlers={**handlers, EXTRA: ocp.JsonCheckpointHandler()}, options=options
         )
@@ -58,7 +58,7 @@ def save(
 
     Raises `InputError` when the disk is full.
     """
-    with _one_line_errors(manager.directory):
+    with writing("checkpoints", manager.directory):
         manager.save(
             step,
             args=ocp.args.Composite(
@@ -72,7 +72,7 @@ def save(
 
 def finish(manager: ocp.CheckpointManager) -> None:
     """Waits until the last save is complete; raises `InputError` when the disk is full."""
-    with _one_line_errors(manager.directory):
+    with writing("checkpoints", manager.directory):
         manager.wait_until_finished()
 
 
@@ -166,19 +166,6 @@ def _unreadable(manager: ocp.CheckpointManager, step: int, name: str) -> Iterato
             f"checkpoint {manager.directory / str(step)}: {name!r} is truncated or damaged "
             f"({_first_line(error)})"
         ) from error
-
-
-@contextlib.contextmanager
-def _one_line_errors(path: Any) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
-            raise InputError(f"no free disk space for checkpoints in {path}") from error
-        if isinstance(error, PermissionError | NotADirectoryError):
-            raise InputError(f"cannot write checkpoints in {path}: {error.strerror}") from error
-        raise
 
 
 def _first_line(error: Exception) -> str:

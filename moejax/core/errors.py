@@ -14,3 +14,8 @@ def check(condition: bool, message: str) -> None:
     """Raises `InputError(message)` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def check_seed(seed: int) -> None:
+    """Raises `InputError` for seeds that JAX would wrap around or that NumPy refuses."""
+    check(0 <= seed < 2**32, f"seed={seed} must be at least 0 and below 2**32")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, TypeVar
@@ -12,10 +13,11 @@ Config = TypeVar("Config")
 
 
 def overlay(config: Config, assignments: list[str]) -> Config:
-    """Returns `config` with every `'a.b=value'` of `assignments` applied in order.
+    """Returns `config` with every `'a.b=value'` of `assignments` applied; the last of a field wins.
 
     Values are Python literals; what does not parse as one is a string. Raises `InputError` for a
-    missing `=`, an unknown field or a value of the wrong type. Only int -> float is converted.
+    missing `=`, an unknown field or a value of the wrong type. Only int -> float is converted,
+    and infinity is not a float here.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class C:
@@ -23,6 +25,7 @@ def overlay(config: Config, assignments: list[str]) -> Config:
     >>> overlay(C(), ["lr=1"])
     C(lr=1.0)
     """
+    changes: dict[tuple[str, ...], Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
@@ -31,11 +34,13 @@ def overlay(config: Config, assignments: list[str]) -> Config:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError):  # TypeError: "{[]: 1}" and its kind
             value = text
-        config = _replace(config, path.split("."), value, path)
-    return config
+        names = tuple(path.split("."))
+        changes[names] = _checked(config, names, value, path)
+    return _apply(config, changes, "") if changes else config
 
 
-def _replace(node: Any, names: list[str], value: Any, path: str) -> Any:
+def _checked(node: Any, names: tuple[str, ...], value: Any, path: str) -> Any:
+    """`value` as the field at `names` below `node` wants it."""
     name, rest = names[0], names[1:]
     if not dataclasses.is_dataclass(node):
         raise InputError(f"--set {path}: {type(node).__name__} value has no field {name!r}")
@@ -43,20 +48,31 @@ def _replace(node: Any, names: list[str], value: Any, path: str) -> Any:
     if name not in fields:
         raise InputError(f"--set {path}: {type(node).__name__} has no field {name!r}; has {fields}")
     if rest:
-        return _rebuild(node, name, _replace(getattr(node, name), rest, value, path), path)
+        return _checked(getattr(node, name), rest, value, path)
     want = typing.get_type_hints(type(node))[name]
+    if dataclasses.is_dataclass(want):
+        inner = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(want))
+        raise InputError(f"--set {path} wants {_spell(want)}, got {value!r}; set {inner}")
     try:
-        value = _fit(want, value)
+        return _fit(want, value)
     except (TypeError, OverflowError) as error:
         raise InputError(f"--set {path} wants {_spell(want)}, got {value!r}") from error
-    return _rebuild(node, name, value, path)
 
 
-def _rebuild(node: Any, name: str, value: Any, path: str) -> Any:
+def _apply(node: Any, changes: dict[tuple[str, ...], Any], prefix: str) -> Any:
+    """Rebuilds each config once, so that fields which depend on each other may change together."""
+    fields: dict[str, dict[tuple[str, ...], Any]] = {}
+    for names, value in changes.items():
+        fields.setdefault(names[0], {})[names[1:]] = value
+    new = {
+        name: inner[()] if () in inner else _apply(getattr(node, name), inner, f"{prefix}{name}.")
+        for name, inner in fields.items()
+    }
     try:
-        return dataclasses.replace(node, **{name: value})
+        return dataclasses.replace(node, **new)
     except ValueError as error:  # the config's own __post_init__ refused it
-        raise InputError(f"--set {path}: {error}") from error
+        paths = ", ".join(prefix + ".".join(names) for names in changes)
+        raise InputError(f"--set {paths}: {error}") from error
 
 
 def _spell(want: Any) -> str:
@@ -80,8 +96,9 @@ def _fit(want: Any, value: Any) -> Any:
                 return _fit(arg, value)
             except TypeError:
                 continue
-    elif want is float and type(value) is int:
-        return float(value)
+    elif want is float and type(value) in (int, float):
+        if math.isfinite(value):
+            return float(value)
     elif type(value) is want:
         return value
     raise TypeError(f"{value!r} is not {want}")

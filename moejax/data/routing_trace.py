@@ -200,8 +200,9 @@ def load_trace(path: str | os.PathLike) -> RoutingTrace:
         raise InputError(f"{path}: {reason}") from error
     if str(arrays.pop("format", "")) != FORMAT:
         raise InputError(f"{path}: an npz file, but not a {FORMAT}; it holds {sorted(arrays)[:8]}")
-    version = int(arrays.pop("version", -1))
-    check(version == VERSION, f"{path}: {FORMAT} version {version}, this program reads {VERSION}")
+    version = arrays.pop("version", None)
+    supported = version is not None and np.array_equal(version, VERSION)
+    check(supported, f"{path}: {FORMAT} version {version}, this program reads {VERSION}")
     try:
         return RoutingTrace(
             topk_idx=arrays["topk_idx"],
@@ -210,11 +211,11 @@ def load_trace(path: str | os.PathLike) -> RoutingTrace:
             expert_bytes=arrays["expert_bytes"],
             sequence_lengths=arrays["sequence_lengths"],
             prompt_lengths=arrays["prompt_lengths"],
-            meta=json.loads(str(arrays["meta"])),
+            meta=dict(json.loads(str(arrays["meta"]))),
         )
     except KeyError as error:
         raise InputError(f"{path}: {FORMAT} without {error.args[0]!r}") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # also what NumPy and JSON say of wrong parts
         raise InputError(f"{path}: {error}") from error
 
 

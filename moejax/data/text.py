@@ -17,7 +17,7 @@ import sysconfig
 
 import numpy as np
 
-from moejax.core.errors import InputError, check
+from moejax.core.errors import InputError, check, check_seed
 
 SEPARATOR = b"\x00"
 _MAX_BLOCK_BYTES = 1 << 16
@@ -43,7 +43,8 @@ class TextConfig:
     def __post_init__(self):
         fraction = self.heldout_fraction
         check(0 < fraction < 1, f"heldout_fraction={fraction} must be between 0 and 1")
-        check(self.seed >= 0, f"seed={self.seed} must not be negative")
+        check_seed(self.seed)
+        check(self.path != "", "the data path is empty; name a text file or a folder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,8 @@ def _read_stdlib() -> tuple[list[_Document], tuple[str, ...]]:
 def _read_path(path: pathlib.Path, pattern: str) -> list[_Document]:
     check(path.exists(), f"data path {path} does not exist")
     if not path.is_dir():
+        # Reading a device or a pipe might never end.
+        check(path.is_file(), f"data path {path} is neither a regular file nor a folder")
         documents = _read_file(path, path.name)
         check(bool(documents), f"data file {path} is empty")
         return documents
@@ -172,8 +175,11 @@ def _read_path(path: pathlib.Path, pattern: str) -> list[_Document]:
 def _list_files(
     root: pathlib.Path, pattern: str, excluded: tuple[str, ...] = ()
 ) -> list[pathlib.Path]:
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot read data folder {error.filename}: {error.strerror}") from error
+
     found = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
         subfolders[:] = [s for s in subfolders if s not in excluded and not s.startswith(".")]
         paths = [pathlib.Path(folder, name) for name in names if not name.startswith(".")]
         found += [p for p in paths if p.match(pattern) and p.is_file()]

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moejax.core.errors import check
+from moejax.core.errors import check, check_seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_seed(self.seed)
         check(self.horizon_secs > 0, f"horizon_secs={self.horizon_secs} must be positive")
         check(
             self.horizon_steps is None or self.horizon_steps >= 1,
@@ -60,6 +61,7 @@ class PredictConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_seed(self.seed)
         for name in ("window", "heldout_files", "record_batch", "coverage_batch"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("fit_tokens", "heldout_tokens"):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moejax.core.disk import writing
 from moejax.core.errors import InputError, check
 from moejax.predictors.history import HistoryParams, init_history
 from moejax.predictors.residual import ResidualParams, init_residual
@@ -23,18 +24,23 @@ Predictor = ResidualParams | HistoryParams
 
 
 def save_predictor(folder: str | os.PathLike, params: Predictor) -> None:
-    """Writes `params` to `folder`, replacing a predictor that was there."""
+    """Writes `params` to `folder`, replacing a predictor; `InputError` when the disk is full."""
     folder = pathlib.Path(folder).absolute()
     kind, config = describe(params)
     header = {"format": FORMAT, "version": VERSION, "kind": kind, "config": config}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "predictor.json").unlink(missing_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "params", params, force=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".predictor.")
-    with os.fdopen(handle, "w") as file:
-        json.dump(header, file, indent=1)
-    os.replace(temporary, folder / "predictor.json")
+    with writing("a predictor", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "predictor.json").unlink(missing_ok=True)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / "params", params, force=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".predictor.")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(header, file, indent=1)
+            os.replace(temporary, folder / "predictor.json")
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
 
 def restore_predictor(folder: str | os.PathLike) -> Predictor:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moejax.core.errors import check
+from moejax.core.errors import check, check_seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class TrainConfig:
     router_z_weight: float = 0.0
 
     def __post_init__(self):
+        check_seed(self.seed)
         for name in ("batch_size", "seq_len"):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value} must be at least 1")
@@ -51,7 +52,7 @@ class TrainConfig:
         for name in ("horizon_steps", "checkpoint_steps"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"{name}={value} must be at least 1")
-        for name in ("weight_decay", "load_balancing_weight", "router_z_weight", "seed"):
+        for name in ("weight_decay", "load_balancing_weight", "router_z_weight"):
             value = getattr(self, name)
             check(value >= 0, f"{name}={value} must not be negative")
         for name in ("b1", "b2", "warmup_fraction"):

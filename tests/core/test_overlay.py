@@ -83,7 +83,8 @@ def test_one_field_is_replaced_and_keeps_its_type(assignment, field, want):
         ("level=True", "--set level wants Literal[1, 2], got True"),
         ("level=3", "--set level wants Literal[1, 2], got 3"),
         ("inner.kind=c", "--set inner.kind wants Literal['a', 'b'], got 'c'"),
-        ("inner=4", "--set inner wants Inner, got 4"),
+        ("inner=4", "--set inner wants Inner, got 4; set inner.experts, inner.kind"),
+        ("lr=1e999", "--set lr wants float, got inf"),
         ("betas=0.9", "--set betas wants tuple[float, ...], got 0.9"),
         ("betas=(0.9, 'x')", "--set betas wants tuple[float, ...], got (0.9, 'x')"),
         ("shape=(2,)", "--set shape wants tuple[int, str], got (2,)"),
@@ -95,6 +96,21 @@ def test_a_wrong_assignment_is_one_clear_line(assignment, message):
     with pytest.raises(InputError) as error:
         overlay(Outer(), [assignment])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    sizes: tuple[int, ...] = (1, 16)
+    counts: tuple[int, ...] = (9, 3)
+
+    def __post_init__(self):
+        check(len(self.sizes) == len(self.counts), f"{self.sizes} and {self.counts} differ")
+
+
+def test_fields_that_depend_on_each_other_change_together():
+    assert overlay(Pair(), ["sizes=(2,)", "counts=(5,)"]) == Pair(sizes=(2,), counts=(5,))
+    with pytest.raises(InputError, match=r"^--set sizes, counts: \(2,\) and \(5, 6\) differ$"):
+        overlay(Pair(), ["sizes=(2,)", "counts=(5, 6)"])
 
 
 def test_assignments_apply_in_order_and_leave_the_original_alone():

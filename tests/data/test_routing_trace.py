@@ -137,6 +137,9 @@ def test_load_refuses_what_save_did_not_write(tmp_path):
     np.savez(tmp_path / "newer.npz", **(content | {"version": 2}))
     np.savez(tmp_path / "less.npz", **{k: v for k, v in content.items() if k != "expert_bytes"})
     np.savez(tmp_path / "wrong.npz", **(content | {"num_experts": 3}))
+    np.savez(tmp_path / "list.npz", **(content | {"num_experts": [8, 8]}))
+    np.savez(tmp_path / "meta.npz", **(content | {"meta": "3"}))
+    np.savez(tmp_path / "version.npz", **(content | {"version": "one"}))
     np.save(tmp_path / "array.npy", np.zeros(3))
     for name, message in {
         "missing.npz": "No such file",
@@ -147,6 +150,9 @@ def test_load_refuses_what_save_did_not_write(tmp_path):
         "array.npy": "not a readable npz",
         "foreign.npz": r"not a moejax.routing_trace; it holds \['a'\]",
         "newer.npz": "version 2, this program reads 1",
+        "list.npz": "only",
+        "meta.npz": "'int' object is not iterable",
+        "version.npz": "version one, this program reads 1",
         "less.npz": "without 'expert_bytes'",
         "wrong.npz": "topk_idx covers",
     }.items():

@@ -15,6 +15,8 @@ from moejax.predictors.config import FitConfig, PredictConfig
         (FitConfig, {"batch": 0}, "batch=0 must be at least 1"),
         (FitConfig, {"hidden": -1}, "hidden=-1 must be at least 1"),
         (FitConfig, {"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
+        (FitConfig, {"seed": -1}, "seed=-1 must be at least 0"),
+        (PredictConfig, {"seed": -1}, "seed=-1 must be at least 0"),
         (PredictConfig, {"heldout_files": 0}, "heldout_files=0 must be at least 1"),
         (PredictConfig, {"fit_tokens": 100}, "fit_tokens=100 is less than one window=128"),
     ],
