@@ -31,8 +31,8 @@ def make_block(shape: ExpertShape, implementation: str, *, seed: int = 0) -> Cal
         num_experts=shape.num_experts,
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
-        **{"experts_implementation": implementation},
     )
+    config._experts_implementation = implementation
     block = Qwen3MoeSparseMoeBlock(config).eval()
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -25,7 +25,8 @@ from moejax.kernels.rows import from_bits, pad_rows, put, read_row, to_bits, win
 # From this many rows a matrix product shares each weight between rows; below, one row at a time
 # reads the same bytes (top-k experts of a token are distinct) and needs no branch.
 _FEW_ROWS = 8
-_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128)
+# Finer steps where operations outweigh the reading of weights; each size costs compile time.
+_SIZES = (1, 2, 3, 4, 8, 16, 32, 48, 56, 64, 72, 80, 96, 128)
 PyTree = Any
 Result = TypeVar("Result")
 
@@ -54,6 +55,11 @@ def pick_sizes(num_rows: int) -> tuple[int, ...]:
     if sizes[-1] < min(num_rows, _SIZES[-1]):
         sizes.append(num_rows)
     return tuple(sizes)
+
+
+def gradient_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Fewer of `sizes` with the same largest, because a gradient is slow to compile."""
+    return tuple(size for size in sizes if size == 4 or size % 16 == 0 or size == sizes[-1])
 
 
 def max_chunks(num_groups: int, *, sizes: tuple[int, ...], num_rows: int) -> int:

@@ -39,6 +39,13 @@ def from_bits(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.bitcast_convert_type(bits, dtype) if bits.dtype != dtype else bits
 
 
+def widen(bits: jax.Array) -> jax.Array:
+    """float32 of float32, or of the bits of bfloat16 (uint16)."""
+    if bits.dtype == jnp.float32:
+        return bits
+    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+
 def read_row(stack: jax.Array, row: jax.Array) -> jax.Array:
     """`stack[row]` [A, B] in float32, of a stack [R, A, B] of float32, bfloat16 or its bits.
 
@@ -50,8 +57,7 @@ def read_row(stack: jax.Array, row: jax.Array) -> jax.Array:
         return lax.dynamic_index_in_dim(stack, row, 0, keepdims=False)
     if stack.dtype == jnp.bfloat16:
         stack, row = lax.optimization_barrier((stack, row))
-    bits = lax.dynamic_index_in_dim(to_bits(stack), row, 0, keepdims=False)
-    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+    return widen(lax.dynamic_index_in_dim(to_bits(stack), row, 0, keepdims=False))
 
 
 def refuse_dtypes(**arrays: jax.Array) -> None:

@@ -21,11 +21,13 @@ from jax import lax
 from moejax.kernels.chunks import (
     ChunkPlan,
     fold_groups,
+    gradient_sizes,
     pick_sizes,
     plan_chunks,
     switch_size,
     zero_tail,
 )
+from moejax.kernels.few_rows import matmul_row
 from moejax.kernels.grouped_ffn.weights import (
     GatedWeights,
     activation_fn,
@@ -119,11 +121,11 @@ def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes, activatio
     keep = len(out) > 1
 
     def branch(size):
-        def run(rows, row):
-            x = rows[:size].astype(jnp.float32)
-            gate = x @ read_row(weights.w_gate, row)
-            up = x @ read_row(weights.w_up, row)
-            y = (act(gate) * up) @ read_row(weights.w_down, row)
+        def run(start, row):
+            x = window(xs, start, size).astype(jnp.float32)
+            gate = matmul_row(x, weights.w_gate, row)
+            up = matmul_row(x, weights.w_up, row)
+            y = matmul_row(act(gate) * up, weights.w_down, row)
             results = (y, gate, up) if keep else (y,)
             return tuple(pad_rows(to_bits(r.astype(xs.dtype)), sizes[-1]) for r in results)
 
@@ -133,7 +135,7 @@ def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes, activatio
         group, start = plan.group[i], plan.row[i]
         row = group if group_rows is None else group_rows[group]
         # The update stands outside the switch: a conditional that returns `out` would copy it.
-        results = switch_size(plan.size_class[i], sizes, branch, window(xs, start, sizes[-1]), row)
+        results = switch_size(plan.size_class[i], sizes, branch, start, row)
         return tuple(put(o, r, start) for o, r in zip(out, results, strict=True))
 
     with jax.named_scope("grouped_ffn"):
@@ -148,7 +150,7 @@ def _grouped_ffn_fwd(xs, weights, group_sizes, group_rows, sizes, activation):
 
 def _grouped_ffn_bwd(sizes, activation, residuals, dy):
     xs, weights, group_sizes, group_rows, gate, up = residuals
-    num_rows = xs.shape[0]
+    num_rows, sizes = xs.shape[0], gradient_sizes(sizes)
     plan = plan_chunks(group_sizes, sizes=sizes, num_rows=num_rows)
     # The rows of dy turn into rows of dx one by one, in place.
     grad_rows = pad_rows(dy, num_rows + sizes[-1])

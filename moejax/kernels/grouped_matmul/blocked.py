@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax.kernels.chunks import ChunkPlan, fold_groups, pick_sizes, plan_chunks, switch_size
+from moejax.kernels.chunks import fold_groups, gradient_sizes, pick_sizes, plan_chunks, switch_size
+from moejax.kernels.few_rows import matmul_row
 from moejax.kernels.grouped_matmul.operands import check_shapes, local_groups, result_dtype
 from moejax.kernels.rows import (
     dot_nt,
@@ -50,28 +51,23 @@ def grouped_matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _matmul(lhs, rhs, group_sizes, first_row, sizes, dtype):
-    plan = plan_chunks(group_sizes, sizes=sizes, num_rows=lhs.shape[0], first_row=first_row)
+    num_rows = lhs.shape[0]
+    plan = plan_chunks(group_sizes, sizes=sizes, num_rows=num_rows, first_row=first_row)
+    rows = pad_rows(lhs, num_rows + sizes[-1])
 
     def branch(size):
-        def run(x, group):
-            y = x[:size].astype(jnp.float32) @ read_row(rhs, group)
+        def run(start, group):
+            y = matmul_row(window(rows, start, size).astype(jnp.float32), rhs, group)
             return pad_rows(to_bits(y.astype(dtype)), sizes[-1])
 
         return run
 
-    return _map_chunks(plan, sizes, branch, lhs, rhs.shape[2], dtype, group_sizes, first_row)
-
-
-def _map_chunks(plan: ChunkPlan, sizes, branch, rows, width, dtype, group_sizes, first_row):
-    """`branch(size)(window of rows, group)` for every chunk -> [M, width], zero elsewhere."""
-    num_rows = rows.shape[0]
-    padded = pad_rows(rows, num_rows + sizes[-1])
-    zeros = to_bits(jnp.zeros((num_rows + sizes[-1], width), dtype))
+    zeros = to_bits(jnp.zeros((num_rows + sizes[-1], rhs.shape[2]), dtype))
 
     def body(i, y):
         start = plan.row[i]
-        x = window(padded, start, sizes[-1])
-        return put(y, switch_size(plan.size_class[i], sizes, branch, x, plan.group[i]), start)
+        product = switch_size(plan.size_class[i], sizes, branch, start, plan.group[i])
+        return put(y, product, start)
 
     with jax.named_scope("grouped_matmul"):
         bits = lax.fori_loop(0, plan.num_chunks, body, vary_together(zeros, rows)[0])
@@ -91,7 +87,7 @@ def _matmul_fwd(lhs, rhs, group_sizes, first_row, sizes, dtype):
 
 def _matmul_bwd(sizes, dtype, residuals, dy):
     lhs, rhs, group_sizes, first_row = residuals
-    num_rows = lhs.shape[0]
+    num_rows, sizes = lhs.shape[0], gradient_sizes(sizes)
     plan = plan_chunks(group_sizes, sizes=sizes, num_rows=num_rows, first_row=first_row)
     padded_lhs = pad_rows(lhs, num_rows + sizes[-1])
     padded_dy = pad_rows(dy, num_rows + sizes[-1])
