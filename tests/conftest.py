@@ -15,6 +15,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_legacy_prng_key", "error")
+# Threefry takes seconds to compile on CPU, and tests draw many small arrays.
+jax.config.update("jax_default_prng_impl", "rbg")
 
 
 def pytest_addoption(parser):
