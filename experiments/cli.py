@@ -63,7 +63,8 @@ def _settle_platform() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    logging.set_verbosity(logging.WARNING)  # --verbosity=0 shows which kernels were picked
+    # Libraries warn of what then ends in an error; --verbosity=0 shows which kernels were picked.
+    logging.set_verbosity(logging.ERROR)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:

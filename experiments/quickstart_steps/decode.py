@@ -22,6 +22,7 @@ from rich.table import Table
 from experiments.measure import host_fetch_bytes_per_s, stream_read_bytes_per_s
 from moejax.core.errors import check
 from moejax.core.memory import nbytes
+from moejax.costmodel.limits import limit_report
 from moejax.data.text import Split
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.models.config import DecoderConfig
@@ -55,9 +56,10 @@ class ModeResult:
     bytes_per_token: float
     wasted_bytes_per_token: float
     fraction_of_bound: float
+    limited_by: str
     slots: int
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float | str]:
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "tokens"}
 
 
@@ -93,12 +95,12 @@ def plan_modes(
         "resident": None,
         "on_demand": OffloadConfig(num_slots=1, quota="shared"),
     }
-    for mode in MODES[2:]:
+    for mode in reversed(MODES[2:]):  # the one that wants most refuses first
         lanes = 0 if mode == "cache" else cfg.prefetch_lanes
         footprint = footprint_of(dense, host, model, cfg, lanes)
         num_slots = solve_slots(budget, footprint, min_slots=model.num_moe_layers)
         plans[mode] = OffloadConfig(num_slots=num_slots, policy=cfg.policy, prefetch_lanes=lanes)
-    return plans
+    return {mode: plans[mode] for mode in MODES}
 
 
 def make_engines(
@@ -213,14 +215,20 @@ def _summarize(run: _Run, slots: int, bandwidths: Bandwidths) -> ModeResult:
     expert = expert_bytes(run.engine.experts)
     moved = (totals.demand_fetches + totals.prefetches) * expert
     read = nbytes(run.engine.params) + totals.lookups / steps * expert
-    bound = max(read / bandwidths.device_read, moved / steps / bandwidths.host_fetch)
+    limit = limit_report(
+        bytes_per_step=float(moved / steps),
+        link_bytes_per_s=bandwidths.host_fetch,
+        device_s=float(read / bandwidths.device_read),
+        measured_s=seconds,
+    )
     return ModeResult(
         tokens=np.stack(run.tokens),
         tokens_per_s=batch / seconds,
         hit_rate=float(totals.hits / totals.lookups),
         bytes_per_token=float(moved / steps / batch),
         wasted_bytes_per_token=float(totals.prefetches_wasted * expert / steps / batch),
-        fraction_of_bound=float(bound / seconds),
+        fraction_of_bound=limit.achieved_fraction or 0.0,
+        limited_by=limit.limit,
         slots=slots,
     )
 
@@ -257,6 +265,6 @@ def table_of(batch: int, results: dict[str, ModeResult]) -> Table:
             f"{r.hit_rate:.1%}",
             f"{r.bytes_per_token / 1024:.0f}",
             f"{r.wasted_bytes_per_token / 1024:.0f}",
-            f"{r.fraction_of_bound:.1%}",
+            f"{r.fraction_of_bound:.1%} ({r.limited_by})",
         )
     return table

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from moejax.core.disk import writing
 from moejax.core.errors import InputError, check
@@ -118,6 +119,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, PyTre
         _check_item(manager, step, name)
         with _unreadable(manager, step, name):
             folder = manager.directory / str(step) / name
+            _check_whole(str(folder))
             stored = ocp.StandardCheckpointHandler().metadata(folder).tree
         _check_leaves(f"checkpoint {manager.directory / str(step)}, {name}", stored, tree)
         with _unreadable(manager, step, name):
@@ -129,6 +131,18 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: dict[str, PyTre
 def _check_item(manager: ocp.CheckpointManager, step: int, name: str) -> None:
     folder = manager.directory / str(step)
     check((folder / name).is_dir(), f"{folder} is not a checkpoint of moejax: it has no {name!r}")
+
+
+def _check_whole(folder: str) -> None:
+    """Reads the last byte of every stored value, so that orbax meets no truncated file.
+
+    Orbax leaves its event loop at the first failed read, and every read that fails after that
+    prints a traceback of its own.
+    """
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    last = slice(-1, None)
+    for read in [store.read(key, byte_range=last) for key in store.list().result()]:
+        read.result()
 
 
 def _check_leaves(where: str, stored: PyTree, wanted: PyTree) -> None:

@@ -208,6 +208,16 @@ def _restore(
     return TrainState(params=restored["params"], **restored["optimizer"]), log
 
 
+def _parse_log(value: Any, where: str) -> _Log:
+    fields = {field.name for field in dataclasses.fields(_Log)}
+    good = isinstance(value, dict) and value.keys() == fields and isinstance(value["columns"], dict)
+    good = good and value["columns"].keys() == set(COLUMNS)
+    good = good and all(isinstance(column, list) for column in value["columns"].values())
+    good = good and len({len(column) for column in value["columns"].values()}) == 1
+    check(good, f"{where}: its log does not hold {sorted(fields)} with a list for each metric")
+    return _Log(**value)
+
+
 def _check_same_run(
     extra: dict[str, Any], where: str, crc32: int, model: DecoderConfig, cfg: TrainConfig
 ) -> _Log:
@@ -225,6 +235,6 @@ def _check_same_run(
             f"{where} is of another run, {name}: {difference(stored, wanted)}; "
             "continue with its config or choose another folder",
         )
-    log = _Log(**extra["log"])
+    log = _parse_log(extra["log"], where)
     check(log.crc32 == crc32, f"{where} was trained on other data (crc32 {log.crc32}, not {crc32})")
     return log
