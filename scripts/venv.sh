@@ -2,8 +2,9 @@
 # every state of these files.
 if [ ! -x .venv/bin/python ]; then
   python=""
-  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
-    [ -n "$candidate" ] || continue
+  candidates=(python3 python3.13 python3.12 python3.11)
+  if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       python="$candidate"
       break
@@ -13,7 +14,11 @@ if [ ! -x .venv/bin/python ]; then
     echo "error: Python 3.11 or newer not found; set PYTHON to its path" >&2
     exit 2
   fi
-  "$python" -m venv .venv
+  if ! "$python" -m venv .venv; then
+    rm -rf .venv # half made, it would be taken for a whole one
+    echo "error: $python cannot make a virtual environment; see above" >&2
+    exit 2
+  fi
 fi
 # shellcheck disable=SC1091
 source .venv/bin/activate
