@@ -142,7 +142,7 @@ def _decode_tables(decode: dict) -> list[str]:
             lines.append(
                 f"| {mode} | {m['slots']} | {m['tokens_per_s']:.0f} | {m['hit_rate']:.1%} | "
                 f"{m['bytes_per_token'] / 1024:.0f} | {m['wasted_bytes_per_token'] / 1024:.0f} | "
-                f"{m['fraction_of_bound']:.1%} |"
+                f"{m['fraction_of_bound']:.1%} ({m['limited_by']}) |"
             )
         lines.append("")
     return lines
