@@ -30,7 +30,7 @@ from experiments.bench import moe_layer_arms as arms
 from experiments.bench import moe_layer_torch
 from experiments.bench.timing import interleave, summary
 
-ROUNDS = flags.DEFINE_integer("rounds", 16, "calls per arm, one per routing", lower_bound=5)
+CALLS = flags.DEFINE_integer("calls", 16, "calls per arm, each with another routing", lower_bound=5)
 WORKER = flags.DEFINE_enum(
     "worker", None, ["moejax", "transformers"], "time this side only and print JSON (internal)"
 )
@@ -205,7 +205,9 @@ def make_figures(measured: dict[str, Any]) -> dict[str, Any]:
 
 def print_table(measured: dict[str, Any]) -> None:
     """Every bar with its bounds, its spread, and whether it holds."""
-    table = Table("figure", "measured", "by minima", "quartiles", "must", "aim", "holds")
+    table = Table()
+    for column in ("figure", "measured", "by minima", "quartiles", "must", "aim", "holds"):
+        table.add_column(column, no_wrap=True)
     for name, (must, aim, larger) in BARS.items():
         value, detail = headline(name, measured), measured.get(name)
         bounds = (f"{must:.3g}", f"{aim:.3g}")
@@ -217,10 +219,11 @@ def print_table(measured: dict[str, Any]) -> None:
         spread = " .. ".join(f"{q:.3g}" for q in extra.get("quartiles", ()))
         held = [n for n, b in (("aim", aim), ("must", must)) if (value >= b) == larger]
         table.add_row(name, f"{value:.3g}", minima, spread, *bounds, held[0] if held else "NO")
-    Console().print(table)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
     if "transformers_absent" in measured:
-        Console().print(f"transformers arm absent: {measured['transformers_absent']}")
-    Console().print(f"best streaming read {measured['stream_read_gb_per_s']:.1f} GB/s")
+        console.print(f"transformers arm absent: {measured['transformers_absent']}")
+    console.print(f"best streaming read {measured['stream_read_gb_per_s']:.1f} GB/s")
 
 
 def main() -> None:
@@ -229,7 +232,7 @@ def main() -> None:
         return
     cli.check_writable(cli.JSON.value)
     weights = arms.make_weights(arms.SHAPE)
-    measured = measure_decode(weights, ROUNDS.value) | measure_prefill(weights, ROUNDS.value)
+    measured = measure_decode(weights, CALLS.value) | measure_prefill(weights, CALLS.value)
     measured |= measure_transformers()
     print_table(measured)
     cli.write_report("bench/moe_layer", "time", make_figures(measured))

@@ -52,11 +52,16 @@ def time_block(
     # Random inputs make random routing, so experts rotate here too.
     inputs = [torch.randn(1, shape.num_tokens, shape.d_model) for _ in range(routings)]
     seconds: dict[str, list[float]] = {}
+    want = None
     with torch.no_grad():
         for name in IMPLEMENTATIONS:
             if name == "batched_mm" and shape.num_tokens > 16:
                 continue  # it copies the weights of every assignment: 12 GiB at 512 tokens
             block, times = make_block(shape, name), []
+            got = block(inputs[0])
+            want = got if want is None else want
+            if not torch.allclose(got, want, atol=1e-4 * float(want.abs().max())):
+                raise RuntimeError(f"transformers: {name} differs from {IMPLEMENTATIONS[0]}")
             for i in range(calls + 2):
                 begin = time.perf_counter()
                 block(inputs[i % routings])

@@ -22,8 +22,7 @@ from jax import lax
 from moejax.core.errors import check
 from moejax.kernels.rows import from_bits, pad_rows, put, read_row, to_bits, window
 
-# From this many rows a matrix product shares each weight between rows; below, one row at a time
-# reads the same bytes (top-k experts of a token are distinct) and needs no branch.
+# Up to this many rows hardly share experts (the top-k of a token are distinct): no branch needed.
 _FEW_ROWS = 8
 # Finer steps where operations outweigh the reading of weights; each size costs compile time.
 _SIZES = (1, 2, 3, 4, 8, 16, 32, 48, 56, 64, 72, 80, 96, 128)
@@ -46,15 +45,14 @@ class ChunkPlan:
 def pick_sizes(num_rows: int) -> tuple[int, ...]:
     """Static chunk sizes, ascending, for `num_rows` rows in all.
 
-    Few rows (decode of one or two tokens) go one at a time: `(1,)`.
+    Few rows (decode of one or two tokens) go one at a time: `(1,)`. The largest size is about a
+    quarter of the rows, as many as an expert gets when every token of a top-4 layer wants it: a
+    larger one would cost every chunk a wider window. Larger groups take several chunks.
     """
     check(num_rows >= 1, f"num_rows={num_rows}, expected at least 1")
     if num_rows <= _FEW_ROWS:
         return (1,)
-    sizes = [size for size in _SIZES if size <= num_rows]
-    if sizes[-1] < min(num_rows, _SIZES[-1]):
-        sizes.append(num_rows)
-    return tuple(sizes)
+    return tuple(size for size in _SIZES if size <= max(16, num_rows // 4))
 
 
 def gradient_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
-from moejax.kernels.chunks import max_chunks, pick_sizes, plan_chunks
+from moejax.kernels.chunks import gradient_sizes, max_chunks, pick_sizes, plan_chunks
 from tests.kernels.cases import FULL_SIZES, NUM_ROWS, SKEWED, empty_patterns
 
 
@@ -41,11 +41,14 @@ def test_plan_is_long_enough_for_the_worst_case():
     assert max_chunks(8, sizes=sizes, num_rows=3) == 3
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 8, 9, 30, 64, 100, 128, 129, 4096])
-def test_picked_sizes_hold_every_row_count(num_rows):
+@pytest.mark.parametrize(
+    "num_rows, largest", [(1, 1), (8, 1), (9, 16), (64, 16), (128, 32), (400, 96), (4096, 128)]
+)
+def test_picked_sizes(num_rows, largest):
     sizes = pick_sizes(num_rows)
-    assert list(sizes) == sorted(set(sizes)) and sizes[-1] <= max(num_rows, 1)
-    assert sizes == (1,) if num_rows <= 8 else sizes[-1] >= min(num_rows, 128)
+    assert list(sizes) == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == largest
+    fewer = gradient_sizes(sizes)
+    assert set(fewer) <= set(sizes) and fewer[-1] == largest
 
 
 def test_wrong_input_is_named():
