@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
-from moejax.kernels.permute import permute, reference, sort_by_group, unpermute
+from moejax.kernels.permute import permute, reference, sort_by_group, ungroup, unpermute
 
 T, K, G, D = 13, 3, 6, 5
 
@@ -105,3 +105,14 @@ def test_wrong_shapes_are_named(topk_idx):
         permute(jnp.ones((T - 1, D)), perm, K)
     with pytest.raises(InputError, match="topk_weights has shape"):
         unpermute(jnp.ones((T * K, D)), perm, jnp.ones((T, K + 1)))
+
+
+def test_ungroup_is_a_plain_gather_with_its_gradient(topk_idx, key):
+    y, ct = jax.random.normal(key, (T * K, D)), jax.random.normal(key, (T, K, D))
+    perm = sort_by_group(topk_idx, G)
+    got, vjp = jax.vjp(lambda y: ungroup(y, perm, K), y)
+    np.testing.assert_array_equal(got, y[perm.inverse].reshape(T, K, D))
+    np.testing.assert_array_equal(vjp(ct)[0], ct.reshape(T * K, D)[perm.order])
+    assert "scatter-add" not in str(jax.make_jaxpr(lambda ct: vjp(ct))(ct))
+    with pytest.raises(InputError, match="y has 5 rows, permutation has 39"):
+        ungroup(y[:5], perm, K)
