@@ -106,8 +106,9 @@ def main() -> None:
     cli.check_writable(cli.JSON.value)
     cfg = get_shape(SHAPE.value)
     batches = []
+    check(len(BATCH.value) > 0, "--batch= names no batch size")
     for text in BATCH.value:
-        check(text.isdigit() and int(text) > 0, f"--batch {text!r} is not a positive integer")
+        check(text.isdecimal() and int(text) > 0, f"--batch {text!r} is not a positive integer")
         batches.append(int(text))
     capacity = ROUNDS.value + 8
     engines, granules = make_engines(cfg, capacity)

@@ -5,6 +5,7 @@ Axis letters:
     L  layers (Lm of them MoE)  E  experts          K  experts per token
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -146,29 +147,11 @@ def forward(
     flat_mask = None if mask is None else mask.reshape(-1)
 
     k, v = (None, None) if cache is None else (cache.k, cache.v)
-    carry = (x, k, v, stage_state)
-    traces, layer, moe_layer = [], 0, 0
-    for group, layers in zip(cfg.groups, params.groups, strict=True):
-        n = group.num_layers
-        forced = None
-        if group.moe and forced_idx is not None:
-            forced = forced_idx[moe_layer : moe_layer + n]
-        steps = (
-            layers,
-            layer + jnp.arange(n, dtype=jnp.int32),
-            moe_layer + jnp.arange(n, dtype=jnp.int32),
-            forced,
-        )
 
-        def body(carry, step, group=group):
-            return _layer(carry, step, cfg, group, positions, flat_mask, stage)
+    def layer(carry, step, group):
+        return _layer(carry, step, cfg, group, positions, flat_mask, stage)
 
-        carry, trace = jax.lax.scan(body, carry, steps)
-        layer += n
-        if group.moe:
-            moe_layer += n
-            traces.append(trace)
-
+    carry, traces = _scan_groups(layer, (x, k, v, stage_state), params, cfg, forced_idx)
     x, k, v, stage_state = carry
     metrics, record = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *traces)
     if cache is not None:
@@ -182,6 +165,24 @@ def forward(
         metrics=metrics,
         record=record,
     )
+
+
+def _scan_groups(layer, carry, params, cfg, forced_idx):
+    """Runs `layer(carry, step, group)` over all layers, one scan per group of equal ones."""
+    traces, first, first_moe = [], 0, 0
+    for group, layers in zip(cfg.groups, params.groups, strict=True):
+        n = group.num_layers
+        forced = None
+        if group.moe and forced_idx is not None:
+            forced = forced_idx[first_moe : first_moe + n]
+        index = jnp.arange(n, dtype=jnp.int32)
+        steps = (layers, first + index, first_moe + index, forced)
+        carry, trace = jax.lax.scan(partial(layer, group=group), carry, steps)
+        first += n
+        if group.moe:
+            first_moe += n
+            traces.append(trace)
+    return carry, traces
 
 
 def unembed(params: DecoderParams, x: jax.Array, cfg: DecoderConfig) -> jax.Array:

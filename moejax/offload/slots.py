@@ -15,6 +15,7 @@ from flax import struct
 
 from moejax.core.errors import check
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.kernels.rows import to_bits
 from moejax.offload.policies import Policy, Usage, init_usage, pick_victim
 
 
@@ -33,7 +34,7 @@ class SlotCache:
     """The table and the device rows it speaks of."""
 
     table: SlotTable
-    rows: GatedWeights  # leaves [S, ...]
+    rows: GatedWeights  # leaves [S, ...]; bfloat16 as the bits that `kernels.rows` explains
 
 
 def init_table(num_layers: int, num_experts: int, slot_layer: jax.Array) -> SlotTable:
@@ -69,7 +70,9 @@ def init_cache(experts: GatedWeights, slot_layer: jax.Array) -> SlotCache:
     """An empty cache for a store with leaves [L, E, ...] (arrays or abstract)."""
     num_layers, num_experts = experts.w_gate.shape[:2]
     slots = slot_layer.shape[0]
-    rows = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[2:]), leaf.dtype), experts)
+    rows = jax.tree.map(
+        lambda leaf: to_bits(jnp.zeros((slots, *leaf.shape[2:]), leaf.dtype)), experts
+    )
     return SlotCache(table=init_table(num_layers, num_experts, slot_layer), rows=rows)
 
 
@@ -134,6 +137,9 @@ def assign(table: SlotTable, slot: jax.Array, granule: jax.Array) -> SlotTable:
 
 def write_row(rows: GatedWeights, slot: jax.Array, expert: GatedWeights) -> GatedWeights:
     """The rows with `expert` (leaves without leading axis) at `slot`, in place when donated."""
-    return jax.tree.map(
-        lambda leaf, row: jax.lax.dynamic_update_index_in_dim(leaf, row, slot, 0), rows, expert
-    )
+
+    def write(leaf: jax.Array, row: jax.Array) -> jax.Array:
+        row = row if leaf.dtype == row.dtype else to_bits(row)
+        return jax.lax.dynamic_update_index_in_dim(leaf, row, slot, 0)
+
+    return jax.tree.map(write, rows, expert)

@@ -20,9 +20,10 @@ from moejax.core.errors import check
 from moejax.core.structs import Routing
 from moejax.experts.shard import first_expert, local_routing, most_of_ranks, sum_ranks
 from moejax.experts.stage import Stage, StageCounts
-from moejax.kernels.chunks import pad_rows, pick_sizes, plan_chunks, zero_tail
+from moejax.kernels.chunks import pick_sizes, plan_chunks, zero_tail
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.kernels.permute import permute, sort_by_group, ungroup
+from moejax.kernels.rows import pad_rows
 from moejax.offload import prefetch
 from moejax.offload.policies import POLICIES
 from moejax.offload.prefetch import FetchMode, Landing, Scorer

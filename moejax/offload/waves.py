@@ -80,7 +80,7 @@ def run_missing(call: Call, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
         return _compute(call, y, cache, first, missing), cache, coming
 
     with jax.named_scope("moe_waves"):
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), cache.rows)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), call.store)
         (y, nothing), _ = vary_together((jnp.zeros_like(call.xs), nothing), cache)
         y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
         last = jnp.minimum(n, 1)

@@ -86,6 +86,25 @@ def test_bits_and_counts(experts, cfg, tokens):
             )
 
 
+def test_bfloat16_cache_is_written_in_place(experts):
+    """XLA:CPU would widen the whole cache for every bfloat16 write; the cache holds bits."""
+    cfg = OffloadConfig(num_slots=11, quota="shared")
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), experts)
+    store = to_host(half, make_mesh())
+    x = jnp.linspace(-1, 1, 3 * D, dtype=jnp.float32).reshape(3, D).astype(jnp.bfloat16)
+    routing = routing_of([[0, 5, 2], [5, 1, 7], [E, E, E]])
+
+    def step(store, half, state):
+        ours, state, _ = offloaded(store, cfg)(x, routing, None, jnp.int32(1), state)
+        return ours, stacked(half)(x, routing, None, jnp.int32(1), None)[0], state
+
+    run = jax.jit(step, donate_argnums=2).lower(store, half, init_state(store, cfg)).compile()
+    ours, theirs, state = run(store, half, init_state(store, cfg))
+    np.testing.assert_array_equal(ours.astype(jnp.float32), theirs.astype(jnp.float32))
+    assert sorted(int(g) for g in state.cache.table.granule_of if g >= 0) == [8, 9, 10, 13, 15]
+    assert not re.search(rf"f32\[11,({D},{F}|{F},{D})\]", run.as_text())
+
+
 def test_nothing_wanted_moves_nothing_and_gives_zeros(experts):
     cfg = OffloadConfig(num_slots=4)
     store = to_host(experts, make_mesh())
