@@ -168,7 +168,7 @@ OFFLOADED_STEP = [
     case("json is a folder", "--json={out}", "cannot write {out}: it is a folder"),
 ]
 MOE_LAYER = [
-    case("too few rounds", "--rounds=1", "--rounds=1: 1 is not integer >= 5"),
+    case("too few calls", "--calls=1", "--calls=1: 1 is not integer >= 5"),
     case("unknown side", "--worker=torch", "--worker=torch", "moejax"),
     case("json is a device", "--json=/dev/full", "/dev/full: it is not a regular file"),
 ]
