@@ -180,7 +180,8 @@ def offloaded(
             ), predictor
         with jax.named_scope("offload_prefetch"):
             scores, predictor = scorer(x, routing, layer, predictor)
-            valid = routing.topk_idx[:, 0] < scores.shape[1]
+            # Not column 0 alone: slicing it keeps XLA:CPU from compiling `top_k` as one op.
+            valid = jnp.all(routing.topk_idx < scores.shape[1], axis=1)
             votes = prefetch.demand(scores, valid, routing.topk_idx.shape[1])
             start = first_expert(axis, num_experts)
             votes = jax.lax.dynamic_slice(votes, (start,), (num_experts,))
