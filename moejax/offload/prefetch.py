@@ -5,9 +5,10 @@ of the next layer those that it wants enter the slot cache and the others are fo
 prediction costs link time but never displaces a useful row.
 
 Axis letters:
-    T  tokens    E  experts of this rank    L  MoE layers    m  prefetch lanes
+    T  tokens    E  experts of this rank    L  MoE layers    N  granules    m  prefetch lanes
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from flax import struct
 
 from moejax.core.memory import fetch_rows
 from moejax.core.structs import Routing
+from moejax.experts.shard import first_expert
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.offload.policies import Policy
 from moejax.offload.slots import (
@@ -32,6 +34,17 @@ from moejax.offload.slots import (
 # predictor state). See `moejax.predictors`.
 Scorer = Callable[[jax.Array, Routing, jax.Array, Any], tuple[jax.Array, Any]]
 FetchMode = Literal["missing", "always"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookAhead:
+    """How the next layer's experts are predicted and fetched."""
+
+    scorer: Scorer | None  # None fetches nothing
+    store: GatedWeights  # host leaves [N, ...]
+    num_experts: int  # of this rank
+    mode: FetchMode
+    axis: str | None  # mesh axis that the experts are sharded over
 
 
 @struct.dataclass(kw_only=True)
@@ -133,3 +146,31 @@ def fetch(
 
         experts.append(jax.lax.fori_loop(0, live[lane].astype(jnp.int32), bring, old))
     return Landing(granule=jnp.where(live, granule, -1), experts=tuple(experts))
+
+
+def look_ahead(
+    how: LookAhead,
+    x: jax.Array,
+    routing: Routing,
+    layer: jax.Array,
+    table: SlotTable,
+    landing: Landing,
+    predictor: Any,
+) -> tuple[Landing, Any]:
+    """Predicts what `layer + 1` wants and starts to fetch what `table` says is not cached.
+
+    x is [T, D], `routing` that of all ranks. Returns what was fetched and the predictor's state.
+    Cost: one transfer of an expert per live lane.
+    """
+    if how.scorer is None or not landing.experts:
+        nothing = jnp.full_like(landing.granule, -1)
+        return dataclasses.replace(landing, granule=nothing), predictor
+    with jax.named_scope("offload_prefetch"):
+        scores, predictor = how.scorer(x, routing, layer, predictor)
+        # Not column 0 alone: slicing it keeps XLA:CPU from compiling `top_k` as one op.
+        valid = jnp.all(routing.topk_idx < scores.shape[1], axis=1)
+        votes = demand(scores, valid, routing.topk_idx.shape[1])
+        start = first_expert(how.axis, how.num_experts)
+        votes = jax.lax.dynamic_slice(votes, (start,), (how.num_experts,))
+        granule, live = choose(votes, table, layer, len(landing.experts), how.mode)
+        return fetch(how.store, landing, granule, live, how.mode), predictor

@@ -17,26 +17,22 @@ import jax.numpy as jnp
 from flax import struct
 
 from moejax.core.errors import check
-from moejax.core.structs import Routing
-from moejax.experts.shard import first_expert, local_routing, most_of_ranks, sum_ranks
+from moejax.experts.shard import local_routing, most_of_ranks, sum_ranks
 from moejax.experts.stage import Stage, StageCounts
-from moejax.kernels.chunks import pick_sizes, plan_chunks, zero_tail
 from moejax.kernels.grouped_ffn import GatedWeights
-from moejax.kernels.permute import permute, sort_by_group, ungroup
-from moejax.kernels.rows import pad_rows
-from moejax.offload import prefetch
 from moejax.offload.policies import POLICIES
-from moejax.offload.prefetch import FetchMode, Landing, Scorer
-from moejax.offload.slots import (
-    SlotCache,
-    init_cache,
-    layer_slot_of,
-    layer_slots,
-    shared_slots,
-    touch_layer,
+from moejax.offload.prefetch import (
+    FetchMode,
+    Landing,
+    LookAhead,
+    Scorer,
+    absorb,
+    init_landing,
+    look_ahead,
 )
+from moejax.offload.slots import SlotCache, init_cache, layer_slots, shared_slots, touch_layer
 from moejax.offload.store import flatten
-from moejax.offload.waves import Call, Work, processing_order, run_last, run_missing
+from moejax.offload.waves import plan_call, run_last, run_missing, sort_experts, unpermute
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +92,7 @@ def init_state(experts: GatedWeights, cfg: OffloadConfig, *, predictor: Any = No
         slot_layer = shared_slots(cfg.num_slots)
     return OffloadState(
         cache=init_cache(experts, slot_layer),
-        landing=prefetch.init_landing(experts, cfg.prefetch_lanes),
+        landing=init_landing(experts, cfg.prefetch_lanes),
         predictor=predictor,
     )
 
@@ -119,85 +115,41 @@ def offloaded(
     """
     rows, num_experts = flatten(store), store.w_gate.shape[1]
     policy = POLICIES[cfg.policy]
-    has_lanes = cfg.prefetch_lanes > 0
+    ahead = LookAhead(
+        scorer=scorer, store=rows, num_experts=num_experts, mode=cfg.fetch_mode, axis=axis
+    )
 
-    def stage(
-        x: jax.Array,
-        routing: Routing,
-        weights: GatedWeights | None,
-        layer: jax.Array,
-        state: OffloadState,
-    ) -> tuple[jax.Array, OffloadState, StageCounts]:
+    def stage(x, routing, weights, layer, state):
         assert weights is None, "the offloaded stage brings its own experts"
         local = local_routing(routing, axis, num_experts)
-        expert = jnp.arange(num_experts)
-        wanted = (local.topk_idx.reshape(-1)[:, None] == expert[None]).any(0)
+        wanted = (local.topk_idx.reshape(-1)[:, None] == jnp.arange(num_experts)[None]).any(0)
         cache = dataclasses.replace(
             state.cache, table=touch_layer(state.cache.table, layer, wanted)
         )
-        landing, predictor = state.landing, state.predictor
-        fetched = wasted = jnp.int32(0)
-        if has_lanes:
-            with jax.named_scope("offload_absorb"):
-                cache, fetched, wasted = prefetch.absorb(cache, landing, layer, wanted, policy)
-        slot_of = layer_slot_of(cache.table, layer, num_experts)
-        order, num_cached = processing_order(wanted, slot_of)
-        num_wanted = jnp.sum(wanted, dtype=jnp.int32)
-        work = Work(
-            layer=layer,
-            order=order,
-            wanted=wanted,
-            num_cached=num_cached,
-            num_missing=num_wanted - num_cached,
-        )
-        call, permutation = _plan(x, local, work)
+        with jax.named_scope("offload_absorb"):
+            cache, fetched, wasted = absorb(cache, state.landing, layer, wanted, policy)
+        work = sort_experts(cache.table, layer, wanted)
+        call = plan_call(x, local, work, store=rows, policy=policy)
         cache, y = run_missing(call, cache)
-        if has_lanes:
-            # Behind the demand transfers on the link, beside the last wave's compute.
-            landing, predictor = _look_ahead(x, routing, layer, cache, landing, predictor)
-        y = run_last(call, cache, y)
-        with jax.named_scope("moe_unpermute"):
-            y = zero_tail(y, jnp.sum(permutation.group_sizes), sizes=call.sizes)
-            y = ungroup(y[: local.topk_idx.size], permutation, local.topk_idx.shape[1])
-        counts = StageCounts(
-            lookups=num_wanted,
-            hits=num_cached,
-            demand_fetches=work.num_missing,
-            prefetches=fetched,
-            prefetches_wasted=wasted,
-            waves=1 + work.num_missing,
+        # Behind the demand transfers on the link, beside the last wave's compute.
+        landing, predictor = look_ahead(
+            ahead, x, routing, layer, cache.table, state.landing, state.predictor
         )
+        y = unpermute(call, run_last(call, cache, y))
         state = OffloadState(cache=cache, landing=landing, predictor=predictor)
-        counts = dataclasses.replace(
-            sum_ranks(counts, axis), waves=most_of_ranks(counts.waves, axis)
-        )
-        return sum_ranks(y, axis), state, counts
-
-    def _look_ahead(x, routing, layer, cache, landing, predictor):
-        if scorer is None:
-            return dataclasses.replace(
-                landing, granule=jnp.full_like(landing.granule, -1)
-            ), predictor
-        with jax.named_scope("offload_prefetch"):
-            scores, predictor = scorer(x, routing, layer, predictor)
-            # Not column 0 alone: slicing it keeps XLA:CPU from compiling `top_k` as one op.
-            valid = jnp.all(routing.topk_idx < scores.shape[1], axis=1)
-            votes = prefetch.demand(scores, valid, routing.topk_idx.shape[1])
-            start = first_expert(axis, num_experts)
-            votes = jax.lax.dynamic_slice(votes, (start,), (num_experts,))
-            granule, live = prefetch.choose(
-                votes, cache.table, layer, cfg.prefetch_lanes, cfg.fetch_mode
-            )
-            return prefetch.fetch(rows, landing, granule, live, cfg.fetch_mode), predictor
-
-    def _plan(x, routing, work):
-        top_k, num_rows = routing.topk_idx.shape[1], routing.topk_idx.size
-        sizes = pick_sizes(num_rows)
-        with jax.named_scope("moe_permute"):
-            permutation = sort_by_group(routing.topk_idx, num_experts, group_order=work.order)
-            xs = pad_rows(permute(x, permutation, top_k), num_rows + sizes[-1])
-            plan = plan_chunks(permutation.group_sizes, sizes=sizes, num_rows=num_rows)
-        call = Call(store=rows, xs=xs, work=work, plan=plan, policy=policy, sizes=sizes)
-        return call, permutation
+        return sum_ranks(y, axis), state, _counts(work, fetched, wasted, axis)
 
     return stage
+
+
+def _counts(work, fetched, wasted, axis):
+    counts = StageCounts(
+        lookups=jnp.sum(work.wanted, dtype=jnp.int32),
+        hits=work.num_cached,
+        demand_fetches=work.num_missing,
+        prefetches=fetched,
+        prefetches_wasted=wasted,
+        waves=1 + work.num_missing,
+    )
+    waves = most_of_ranks(counts.waves, axis)
+    return dataclasses.replace(sum_ranks(counts, axis), waves=waves)

@@ -10,7 +10,8 @@ Write phase before read phase: the landed expert enters the cache at the start o
 the cache is only read after that. XLA:CPU would copy the whole cache otherwise.
 
 Axis letters:
-    S  slots    E  experts of this rank    M  rows    D  model dim
+    T  tokens    K  experts per token    M  rows, T * K    D  model dim
+    E  experts of this rank    N  granules    S  rows of the largest chunk
 """
 
 import dataclasses
@@ -20,11 +21,21 @@ import jax.numpy as jnp
 from flax import struct
 
 from moejax.core.memory import fetch_rows
-from moejax.kernels.chunks import ChunkPlan
+from moejax.core.structs import Routing
+from moejax.kernels.chunks import ChunkPlan, pick_sizes, plan_chunks, zero_tail
 from moejax.kernels.grouped_ffn import GatedWeights, run_chunks
+from moejax.kernels.permute import Permutation, permute, sort_by_group, ungroup
+from moejax.kernels.rows import pad_rows
 from moejax.kernels.vma import vary_together
 from moejax.offload.policies import Policy
-from moejax.offload.slots import SlotCache, assign, choose_slot, layer_slot_of, write_row
+from moejax.offload.slots import (
+    SlotCache,
+    SlotTable,
+    assign,
+    choose_slot,
+    layer_slot_of,
+    write_row,
+)
 
 
 @struct.dataclass(kw_only=True)
@@ -38,14 +49,17 @@ class Work:
     num_missing: jax.Array  # int32 []
 
 
-def processing_order(wanted: jax.Array, slot_of: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Expert ids, cached wanted first, then missing wanted, then the rest; ids ascend in each.
-
-    Args: wanted bool [E], slot_of int32 [E]. Returns int32 [E] and the number of cached ones.
-    """
+def sort_experts(table: SlotTable, layer: jax.Array, wanted: jax.Array) -> Work:
+    """Puts the experts of `layer` in processing order; `wanted` is bool [E], ids ascend."""
+    slot_of = layer_slot_of(table, layer, wanted.shape[0])
     rank = jnp.where(wanted, (slot_of < 0).astype(jnp.int32), 2)
-    order = jnp.argsort(rank, stable=True).astype(jnp.int32)
-    return order, jnp.sum(rank == 0, dtype=jnp.int32)
+    return Work(
+        layer=layer,
+        order=jnp.argsort(rank, stable=True).astype(jnp.int32),
+        wanted=wanted,
+        num_cached=jnp.sum(rank == 0, dtype=jnp.int32),
+        num_missing=jnp.sum(rank == 1, dtype=jnp.int32),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +70,34 @@ class Call:
     xs: jax.Array  # [M + S, D] rows in processing order, padded as `run_chunks` wants
     work: Work
     plan: ChunkPlan  # groups in processing order
+    permutation: Permutation
     policy: Policy
     sizes: tuple[int, ...]
+    top_k: int
+
+
+def plan_call(
+    x: jax.Array, routing: Routing, work: Work, *, store: GatedWeights, policy: Policy
+) -> Call:
+    """Sorts the rows of x [T, D] by expert in processing order and cuts them into chunks.
+
+    `routing` names experts of this rank, E for assignments that others serve; `store` has leaves
+    [N, ...] in host memory.
+    """
+    top_k, num_rows = routing.topk_idx.shape[1], routing.topk_idx.size
+    num_experts, sizes = work.wanted.shape[0], pick_sizes(num_rows)
+    with jax.named_scope("moe_permute"):
+        permutation = sort_by_group(routing.topk_idx, num_experts, group_order=work.order)
+        return Call(
+            store=store,
+            xs=pad_rows(permute(x, permutation, top_k), num_rows + sizes[-1]),
+            work=work,
+            plan=plan_chunks(permutation.group_sizes, sizes=sizes, num_rows=num_rows),
+            permutation=permutation,
+            policy=policy,
+            sizes=sizes,
+            top_k=top_k,
+        )
 
 
 def run_missing(call: Call, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
@@ -94,6 +134,13 @@ def run_last(call: Call, cache: SlotCache, y: jax.Array) -> jax.Array:
     with jax.named_scope("moe_last_wave"):
         first = jnp.where(n == 0, 0, work.num_cached + n - 1)
         return _compute(call, y, cache, first, work.num_cached + n)
+
+
+def unpermute(call: Call, y: jax.Array) -> jax.Array:
+    """Outputs [M + S, D] in processing order -> [T, K, D]; zero where this rank has no expert."""
+    with jax.named_scope("moe_unpermute"):
+        y = zero_tail(y, jnp.sum(call.permutation.group_sizes), sizes=call.sizes)
+        return ungroup(y[: y.shape[0] - call.sizes[-1]], call.permutation, call.top_k)
 
 
 def _compute(call, y, cache, first, last):
