@@ -62,7 +62,7 @@ def collectives(module: Module, mesh: Mesh) -> tuple[Collective, ...]:
 
 def _payload(instruction: Instruction, types: dict[str, Instruction]) -> int:
     result = instruction.type
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         result = tuple_elements(result)[1]  # (operands, results, context...)
     received = sum(array.nbytes for array in parse_arrays(result))
     sent = sum(array.nbytes for name in instruction.operands for array in types[name].arrays)
@@ -76,13 +76,10 @@ def mesh_axes(line: str, mesh: Mesh) -> tuple[str, ...]:
     those of no set of axes.
     """
     coordinates = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
-    if match := _PERMUTATION.search(line):
-        moved = [coordinates[a] != coordinates[b] for a, b in _braces(match[1])]
-        differs = np.any(moved, axis=0)
+    if pairs := device_pairs(line):
+        differs = np.any([coordinates[a] != coordinates[b] for a, b in pairs], axis=0)
         return tuple(name for name, d in zip(mesh.axis_names, differs, strict=True) if d)
-    match = _GROUPS.search(line)
-    groups = _parse_groups(match[1]) if match else []
-    wanted = {frozenset(group) for group in groups or [range(mesh.size)]}
+    wanted = {frozenset(group) for group in device_groups(line, mesh.size)}
     for count in range(len(mesh.axis_names) + 1):
         for axes in itertools.combinations(range(len(mesh.axis_names)), count):
             if all(mesh.devices.shape[axis] > 1 for axis in axes) and wanted == _groups_of(
@@ -90,6 +87,19 @@ def mesh_axes(line: str, mesh: Mesh) -> tuple[str, ...]:
             ):
                 return tuple(mesh.axis_names[axis] for axis in axes)
     return ("?",)
+
+
+def device_pairs(line: str) -> list[tuple[int, int]]:
+    """(source, target) positions in the mesh of a permutation's text; empty for other kinds."""
+    match = _PERMUTATION.search(line)
+    return [(a, b) for a, b in _braces(match[1])] if match else []
+
+
+def device_groups(line: str, num_devices: int) -> list[list[int]]:
+    """Groups of mesh positions in a collective's text; all devices when it names none."""
+    match = _GROUPS.search(line)
+    groups = _parse_groups(match[1]) if match else []
+    return groups or [list(range(num_devices))]
 
 
 def _groups_of(coordinates: np.ndarray, axes: Sequence[int]) -> set[frozenset[int]]:

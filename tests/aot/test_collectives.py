@@ -1,6 +1,6 @@
 import pytest
 
-from moejax.aot.collectives import collectives, mesh_axes
+from moejax.aot.collectives import collectives, device_groups, device_pairs, mesh_axes
 from moejax.aot.hlo import parse_hlo
 from moejax.core.mesh import make_mesh
 
@@ -52,3 +52,22 @@ def test_groups_are_named_by_axes(mesh, groups, axes):
     assert (
         mesh_axes(f"x = f32[] all-reduce(y), replica_groups={groups}, channel_id=1", mesh) == axes
     )
+
+
+def test_generic_async_starts_print_operands_and_results(mesh):
+    """Only the results count: the operands stand in the type, too."""
+    text = TEXT.replace(
+        "%done = bf16[4,512]{1,0} collective-permute-done(%start)",
+        "%exchange = ((bf16[4,512]{1,0}), bf16[4,512]{1,0}, u32[]) all-to-all-start(%sum), "
+        "channel_id=4, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}\n"
+        "  %done = bf16[4,512]{1,0} all-to-all-done(%exchange)",
+    )
+    (exchange,) = [one for one in collectives(parse_hlo(text), mesh) if one.kind == "all-to-all"]
+    assert (exchange.axes, exchange.nbytes, exchange.is_async) == (("model",), 4 * 512 * 2, True)
+
+
+def test_pairs_and_groups_are_positions_in_the_mesh():
+    assert device_pairs("source_target_pairs={{0,4},{4,0}}") == [(0, 4), (4, 0)]
+    assert device_pairs("replica_groups={{0,1}}") == []
+    assert device_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4) == [[0, 2], [1, 3]]
+    assert device_groups("replica_groups={}", 3) == [[0, 1, 2]]
