@@ -1,0 +1,151 @@
+"""Bytes that a compiled program moves are those that the schedule says, and overlap is seen."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.aot.compile import compile_for
+from moejax.aot.hlo import parse_hlo
+from moejax.aot.targets import target_mesh
+from moejax.collectives.builders import shifted_round_trip
+from moejax.collectives.check import Traffic, traffic
+from moejax.collectives.inspect import inspect_collectives
+from moejax.collectives.lower import run_schedule
+from moejax.core.mesh import make_mesh
+from tests.collectives.cases import CASES, sharded
+
+GRID = {"data": 2, "expert": 4}
+CHUNK = 3 * 4  # bytes of a row of 3 float32
+
+
+def _compiled(fn, rows):
+    run, x, mesh = sharded(fn, GRID, rows)
+    return inspect_collectives(parse_hlo(run.lower(x).compile().as_text()), mesh)
+
+
+def _permutes(schedule, chunk_bytes, copies=1):
+    return {
+        ("collective-permute", axis): Traffic(
+            messages=moved.messages * copies, nbytes=moved.nbytes * copies
+        )
+        for axis, moved in traffic(schedule, chunk_bytes).items()
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_bytes_are_those_of_the_schedule(name):
+    schedule = CASES[name].build(GRID)
+    found = _compiled(lambda x: run_schedule(schedule, x)[0], len(schedule.start[0]))
+    assert found.traffic == _permutes(schedule, CHUNK)
+    assert all(one.start == one.done for one in found.flights)  # XLA:CPU: all synchronous
+    assert (found.max_in_flight, found.overlapped) == (0, ())
+
+
+def test_a_gradient_moves_the_same_bytes_again():
+    schedule = CASES["two_level_all_to_all"].build(GRID)
+
+    def both(x):
+        y, pullback = jax.vjp(lambda x: run_schedule(schedule, x)[0], x)
+        return pullback(jnp.sin(y))[0]
+
+    assert _compiled(both, 8).traffic == _permutes(schedule, CHUNK, copies=2)
+
+
+def test_each_coordinate_of_another_axis_runs_the_schedule():
+    schedule = CASES["shifted_all_to_all"].build({"expert": 4})
+    found = _compiled(lambda x: run_schedule(schedule, x)[0], 4)
+    assert found.traffic == _permutes(schedule, CHUNK, copies=2)
+
+
+@pytest.mark.parametrize(
+    "name, rows, each, kind",
+    [
+        ("ring_reduce_scatter", 8, 1, "reduce-scatter"),
+        ("ring_all_gather", 1, 1, "all-gather"),
+        ("ring_all_reduce", 8, 2, "all-reduce"),
+        ("shifted_all_to_all", 8, 1, "all-to-all"),
+    ],
+)
+def test_native_collectives_move_as_much_as_the_optimal_schedule(name, rows, each, kind):
+    found = _compiled(lambda x: CASES[name].native(x, tuple(GRID)), rows)
+    # Of 7 others, 3 are in the same row of the grid; one chunk to each, twice for an all-reduce.
+    assert {key: moved.nbytes for key, moved in found.traffic.items()} == {
+        (kind, "data"): 8 * 4 * CHUNK * each,
+        (kind, "expert"): 8 * 3 * CHUNK * each,
+    }
+    ours = traffic(CASES[name].build(GRID), CHUNK)
+    total = sum(moved.nbytes for moved in found.traffic.values())
+    assert total == sum(moved.nbytes for moved in ours.values())
+
+
+TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+%fused (p0: bf16[4,512], p1: bf16[512,512]) -> bf16[4,512] {
+  %p0 = bf16[4,512]{1,0} parameter(0)
+  %p1 = bf16[512,512]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[4,512]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[4,512], w: bf16[512,512]) -> bf16[4,512] {
+  %x = bf16[4,512]{1,0} parameter(0)
+  %w = bf16[512,512]{1,0} parameter(1)
+  %one = (bf16[4,512]{1,0}, bf16[4,512]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %two = (bf16[4,512]{1,0}, bf16[4,512]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=2, source_target_pairs={{0,3},{1,2},{2,1},{3,0}}
+  %work = bf16[4,512]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused
+  %two.done = bf16[4,512]{1,0} collective-permute-done(%two)
+  %view = bf16[4,512]{1,0} bitcast(%work)
+  %one.done = bf16[4,512]{1,0} collective-permute-done(%one)
+  %three = (bf16[4,512]{1,0}, bf16[4,512]{1,0}, u32[], u32[]) collective-permute-start(%view), channel_id=3, source_target_pairs={{0,2},{2,0}}
+  %three.done = bf16[4,512]{1,0} collective-permute-done(%three)
+  ROOT %sum = bf16[4,512]{1,0} add(%one.done, %three.done)
+}
+"""  # noqa: E501
+
+
+def test_flights_and_what_they_hide_behind():
+    found = inspect_collectives(parse_hlo(TEXT), make_mesh(data=2, expert=2))
+    product = 2 * 4 * 512 * 512
+    assert [(f.collective.name, f.in_flight, f.computes, f.flops) for f in found.flights] == [
+        ("one", 1, 1, product),
+        ("two", 2, 1, product),
+        ("three", 1, 0, 0),
+    ]
+    assert found.max_in_flight == 2 and len(found.overlapped) == 2
+    row = 4 * 512 * 2
+    assert found.traffic == {
+        ("collective-permute", "expert"): Traffic(messages=4, nbytes=4 * row),
+        ("collective-permute", "data"): Traffic(messages=6, nbytes=6 * row),
+    }
+
+
+def test_experts_run_while_others_travel_on_tpu():
+    """Compiled for v5e: each expert product hides permutes, and two or more are in flight."""
+    mesh, ranks, rows, width = target_mesh("v5e:2x2", expert=4), 4, 256, 512
+    schedule = shifted_round_trip({"expert": ranks})
+
+    def layer(x, w):
+        def transform(step, arrived):
+            return jnp.tanh(arrived @ w) if step < ranks - 1 else arrived
+
+        return run_schedule(schedule, x, transform=transform)[0]
+
+    spec = P("expert")
+    fn = jax.shard_map(layer, mesh=mesh, in_specs=(spec, P()), out_specs=spec)
+    x = (ranks * ranks, rows, width), spec
+    w = (width, width), P()
+    facts = compile_for(
+        fn,
+        [
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, place))
+            for shape, place in (x, w)
+        ],
+    )
+    found = inspect_collectives(facts.module, mesh)
+    assert found.traffic == _permutes(schedule, rows * width * 2)
+    assert found.max_in_flight >= 2
+    product = 2 * rows * width * width
+    hiding = [one for one in found.flights if one.flops >= product]
+    assert len(found.flights) == 2 * (ranks - 1) and len(hiding) >= ranks - 1
