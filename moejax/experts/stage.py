@@ -1,9 +1,10 @@
 """The expert stage: routed tokens in, one output row per assignment out.
 
 A stage is where an MoE layer meets its experts. `resident` holds all weights on the device;
-`every_expert` is the oracle; `moejax.dispatch` wraps a stage over a mesh axis and `moejax.offload`
-serves one from host memory. They all keep outputs apart, [T, K, D], so that the combine runs in the
-same order everywhere and exact paths agree to the bit.
+`reference` is the oracle; `moejax.dispatch` wraps a stage over a mesh axis and `moejax.offload`
+serves one from host memory. On one rank they keep outputs apart, [T, K, D], so that the combine
+runs in the same order everywhere and exact paths agree to the bit; a dispatch that adds up partial
+sums of many ranks returns combined rows [T, D].
 
 Axis letters:
     T  tokens    K  experts per token    N  assignments, T * K    D  model dim    E  experts
@@ -25,7 +26,7 @@ from moejax.kernels.permute import permute, sort_by_group, ungroup
 
 @struct.dataclass(kw_only=True)
 class StageCounts:
-    """Transfers of one layer call, in whole experts (see `MoEMetrics`)."""
+    """Transfers of one layer call, in whole experts, and drops (see `MoEMetrics`)."""
 
     lookups: jax.Array
     hits: jax.Array
@@ -33,6 +34,7 @@ class StageCounts:
     prefetches: jax.Array
     prefetches_wasted: jax.Array
     waves: jax.Array
+    assignments_dropped: jax.Array = struct.field(default_factory=lambda: jnp.int32(0))
 
 
 class Stage(Protocol):
@@ -45,7 +47,7 @@ class Stage(Protocol):
         layer: int32 scalar, index among the MoE layers.
         state: the stage's own carry through the layers (None when it has none).
 
-    Returns: outputs [T, K, D] in x's dtype, the new state, and what was moved.
+    Returns: outputs [T, K, D] or combined rows [T, D], in x's dtype; the new state; counts.
     """
 
     def __call__(

@@ -13,6 +13,7 @@ from flax import struct
 
 from moejax.core.errors import check
 from moejax.core.structs import MoEMetrics, Routing
+from moejax.experts.combine import combine
 from moejax.experts.gated import gated_mlp, init_experts
 from moejax.experts.stage import Stage, resident
 from moejax.kernels.grouped_ffn import GatedWeights
@@ -77,6 +78,7 @@ def moe(
     stage: Stage = resident,
     stage_state: Any = None,
     layer: jax.Array | int = 0,
+    token_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, Routing, Any, MoEMetrics]:
     """One MoE layer on x [T, D].
 
@@ -84,6 +86,8 @@ def moe(
         mask: bool [T], False for padding; padded rows come out as the shared expert's alone.
         forced_idx: int32 [T, K], replays a recorded choice.
         stage: how tokens meet experts; `stage_state` is its carry, `layer` this layer's index.
+        token_axes: mesh axes that tokens are sharded over, when inside `shard_map`; load and losses
+            are those of all tokens.
 
     Returns: y [T, D], the routing, the stage's new state, metrics of this layer.
     """
@@ -91,25 +95,15 @@ def moe(
     layer = jnp.asarray(layer, jnp.int32)
     outputs, stage_state, counts = stage(x, routing, params.experts, layer, stage_state)
     with jax.named_scope("moe_combine"):
-        y = combine(outputs, routing.topk_weights)
+        y = outputs if outputs.ndim == 2 else combine(outputs, routing.topk_weights)
     if params.shared is not None:
         with jax.named_scope("moe_shared"):
             y = y + gated_mlp(params.shared, x)
     e = cfg.router.num_experts
     metrics = MoEMetrics(
-        expert_load=expert_load(routing, e),
-        assignments_dropped=jnp.int32(0),
-        load_balancing_loss=load_balancing_loss(routing, cfg.router),
-        router_z_loss=router_z_loss(routing, e),
+        expert_load=expert_load(routing, e, token_axes),
+        load_balancing_loss=load_balancing_loss(routing, cfg.router, token_axes),
+        router_z_loss=router_z_loss(routing, e, token_axes),
         **{f.name: getattr(counts, f.name) for f in dataclasses.fields(counts)},
     )
     return y, routing, stage_state, metrics
-
-
-def combine(outputs: jax.Array, topk_weights: jax.Array) -> jax.Array:
-    """Weighted sum over k of outputs [T, K, D], float32 inside, first choice first."""
-    weights = topk_weights.astype(jnp.float32)
-    total = outputs[:, 0].astype(jnp.float32) * weights[:, 0, None]
-    for k in range(1, outputs.shape[1]):
-        total = total + outputs[:, k].astype(jnp.float32) * weights[:, k, None]
-    return total.astype(outputs.dtype)

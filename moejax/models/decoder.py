@@ -125,6 +125,7 @@ def forward(
     forced_idx: jax.Array | None = None,
     stage: Stage = resident,
     stage_state: Any = None,
+    token_axes: tuple[str, ...] = (),
 ) -> Output:
     """Runs the decoder on tokens int32 [B, S].
 
@@ -135,6 +136,8 @@ def forward(
             seen by no other position and does not advance the cache.
         forced_idx: int32 [Lm, T, K], replays recorded routing.
         stage, stage_state: see `moejax.experts.stage`.
+        token_axes: mesh axes that sequences are sharded over, when inside `shard_map`; metrics are
+            those of all tokens.
 
     Returns: `Output`; metrics and record have one entry per MoE layer.
     """
@@ -149,7 +152,7 @@ def forward(
     k, v = (None, None) if cache is None else (cache.k, cache.v)
 
     def layer(carry, step, group):
-        return _layer(carry, step, cfg, group, positions, flat_mask, stage)
+        return _layer(carry, step, cfg, group, positions, flat_mask, stage, token_axes)
 
     carry, traces = _scan_groups(layer, (x, k, v, stage_state), params, cfg, forced_idx)
     x, k, v, stage_state = carry
@@ -210,7 +213,7 @@ def _check_shapes(tokens, cfg, cache, mask, forced_idx):
         check(forced_idx.shape == want, f"forced_idx is {forced_idx.shape}, expected {want}")
 
 
-def _layer(carry, step, cfg, group, positions, flat_mask, stage):
+def _layer(carry, step, cfg, group, positions, flat_mask, stage, token_axes):
     x, cache_k, cache_v, stage_state = carry
     params, layer, moe_layer, forced_idx = step
     batch, length, d = x.shape
@@ -235,6 +238,7 @@ def _layer(carry, step, cfg, group, positions, flat_mask, stage):
             stage=stage,
             stage_state=stage_state,
             layer=moe_layer,
+            token_axes=token_axes,
         )
         trace = (
             metrics,

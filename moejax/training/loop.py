@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from moejax.checkpoint import manager as checkpoints
 from moejax.checkpoint.config_json import difference, from_json, to_json
@@ -23,6 +24,7 @@ from moejax.data.text import batch
 from moejax.models.config import DecoderConfig
 from moejax.training.config import TrainConfig
 from moejax.training.progress import progress_bar, training_text
+from moejax.training.sharding import check_mesh, state_shardings
 from moejax.training.state import StepMetrics, TrainState, init_state, train_step
 
 COLUMNS = (*(field.name for field in dataclasses.fields(StepMetrics)), "elapsed_secs")
@@ -49,25 +51,29 @@ def train(
     cfg: TrainConfig,
     *,
     path: str | pathlib.Path,
+    mesh: Mesh | None = None,
     show_progress: bool = False,
 ) -> TrainResult:
     """Trains on `data` uint8 [N], or resumes the run whose checkpoints are in folder `path`.
 
-    Returns at once when that run is finished. Raises `InputError` when the checkpoints are of
-    another model, run or corpus, are damaged, or would not fit on the disk.
+    With a mesh, sequences are sharded over `data` and `expert`, experts over `expert`; a run may be
+    continued on another mesh. Returns at once when that run is finished. Raises `InputError` when
+    the checkpoints are of another model, run or corpus, are damaged, or would not fit on the disk.
     """
     have, want = len(data), cfg.batch_size * (cfg.seq_len + 1)
     check(have >= want, f"corpus too small: {have} training bytes, one batch wants {want}")
-    abstract = _abstract_state(model, cfg)
+    if mesh is not None:
+        check_mesh(mesh, model, cfg)
+    abstract = _abstract_state(model, cfg, mesh)
     checkpoints.check_free_disk(path, abstract)
     with checkpoints.open_manager(path) as manager:
         if manager.latest_step() is None:
-            state, log = init_state(model, cfg), _Log(crc32=zlib.crc32(data.tobytes()))
+            state, log = init_state(model, cfg, mesh), _Log(crc32=zlib.crc32(data.tobytes()))
         else:
             state, log = _restore(manager, abstract, data, model, cfg)
         first = log.num_steps
         if _progress(cfg, first, log.elapsed_secs) < 1:
-            state = _run(state, log, data, model, cfg, manager, show_progress)
+            state = _run(state, log, data, model, cfg, mesh, manager, show_progress)
         checkpoints.finish(manager)
     history = {name: np.array(values) for name, values in log.columns.items()}
     return TrainResult(state=state, history=history, resumed_step=first)
@@ -111,6 +117,7 @@ def _run(
     data: np.ndarray,
     model: DecoderConfig,
     cfg: TrainConfig,
+    mesh: Mesh | None,
     manager: ocp.CheckpointManager,
     show_progress: bool,
 ) -> TrainState:
@@ -119,7 +126,7 @@ def _run(
     shape = dict(batch_size=cfg.batch_size, seq_len=cfg.seq_len)
     tokens, done = batch(data, cfg.seed, step, **shape), np.float32(0)
     # Compiled before the clock starts: only training counts against the horizon.
-    run_step = train_step.lower(state, tokens, done, model=model, cfg=cfg).compile()
+    run_step = train_step.lower(state, tokens, done, model=model, cfg=cfg, mesh=mesh).compile()
     clock = _start_clock(log.elapsed_secs)
     saved_secs = clock()
     pending: StepMetrics | None = None
@@ -166,12 +173,15 @@ def _due(cfg: TrainConfig, step: int, secs_since_save: float) -> bool:
     return secs_since_save >= cfg.checkpoint_secs
 
 
-def _abstract_state(model: DecoderConfig, cfg: TrainConfig) -> TrainState:
-    """Shapes and shardings of the state on the default device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _abstract_state(model: DecoderConfig, cfg: TrainConfig, mesh: Mesh | None) -> TrainState:
+    """Shapes and shardings of the state on the mesh, or on the default device."""
+    state = jax.eval_shape(lambda: init_state(model, cfg))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = jax.tree.map(lambda _: one, state) if mesh is None else state_shardings(state, mesh)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda: init_state(model, cfg)),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        where,
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moejax.experts.stage import Stage, resident
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, forward
 from moejax.training.config import TrainConfig
@@ -30,12 +31,23 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def train_loss(
-    params: DecoderParams, tokens: jax.Array, model: DecoderConfig, cfg: TrainConfig
+    params: DecoderParams,
+    tokens: jax.Array,
+    model: DecoderConfig,
+    cfg: TrainConfig,
+    *,
+    stage: Stage = resident,
+    token_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, LossMetrics]:
-    """The loss of predicting tokens int32 [B, S + 1] from the ones before."""
-    output = forward(params, tokens[:, :-1], model)
+    """The loss of predicting tokens int32 [B, S + 1] from the ones before.
+
+    `token_axes`: mesh axes that B is sharded over inside `shard_map`; the loss and the metrics are
+    those of the whole batch, the same on every rank.
+    """
+    output = forward(params, tokens[:, :-1], model, stage=stage, token_axes=token_axes)
+    nats = cross_entropy(output.logits, tokens[:, 1:]).mean()
     metrics = LossMetrics(
-        cross_entropy=cross_entropy(output.logits, tokens[:, 1:]).mean(),
+        cross_entropy=jax.lax.pmean(nats, token_axes) if token_axes else nats,
         load_balancing_loss=output.metrics.load_balancing_loss.mean(),
         router_z_loss=output.metrics.router_z_loss.mean(),
         expert_load=output.metrics.expert_load,

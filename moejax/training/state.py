@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, init_decoder
@@ -13,6 +14,7 @@ from moejax.routing.losses import load_imbalance
 from moejax.training.config import TrainConfig
 from moejax.training.loss import train_loss
 from moejax.training.optimizer import learning_rate, make_optimizer
+from moejax.training.sharding import sharded_loss, state_shardings
 
 
 @struct.dataclass(kw_only=True)
@@ -41,26 +43,36 @@ class StepMetrics:
     learning_rate: jax.Array
 
 
-@partial(jax.jit, static_argnames=("model", "cfg"))
-def init_state(model: DecoderConfig, cfg: TrainConfig) -> TrainState:
-    """Random weights from `cfg.seed` and an empty optimizer."""
-    # On CPU a threefry draw takes a second to compile and a decoder makes a dozen; rbg a fifth.
-    params = init_decoder(jax.random.key(cfg.seed, impl="rbg"), model)
-    opt_state = make_optimizer(cfg).init(params)  # pyrefly: ignore[bad-argument-type]
-    return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
+def init_state(model: DecoderConfig, cfg: TrainConfig, mesh: Mesh | None = None) -> TrainState:
+    """Random weights from `cfg.seed` and an empty optimizer; the same values on every mesh."""
+
+    def init() -> TrainState:
+        # On CPU a threefry draw takes a second to compile and a decoder makes a dozen; rbg a fifth.
+        params = init_decoder(jax.random.key(cfg.seed, impl="rbg"), model)
+        opt_state = make_optimizer(cfg).init(params)  # pyrefly: ignore[bad-argument-type]
+        return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
+
+    # Drawn on one device: the bits of a sharded rbg draw depend on the mesh.
+    state = jax.jit(init)()
+    return state if mesh is None else jax.device_put(state, state_shardings(state, mesh))
 
 
-@partial(jax.jit, static_argnames=("model", "cfg"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "cfg", "mesh"), donate_argnames="state")
 def train_step(
     state: TrainState,
     tokens: jax.Array,
     progress: jax.Array,
     model: DecoderConfig,
     cfg: TrainConfig,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update from tokens int32 [B, S + 1] at `progress` (float32 []) of the run."""
-    grad_fn = jax.value_and_grad(train_loss, has_aux=True)
-    (loss, metrics), grads = grad_fn(state.params, tokens, model, cfg)
+    """One update from tokens int32 [B, S + 1] at `progress` (float32 []) of the run.
+
+    With a mesh the state is sharded as `state_shardings` says.
+    """
+    loss_fn = train_loss if mesh is None else partial(sharded_loss, mesh=mesh)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, metrics), grads = grad_fn(state.params, tokens, model=model, cfg=cfg)
     lr = learning_rate(progress, cfg)
     with jax.named_scope("optimizer"):
         # optax raises a float to an int32 count, which strict promotion refuses.

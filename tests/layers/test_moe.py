@@ -11,7 +11,7 @@ from moejax.core.errors import InputError
 from moejax.experts.gated import gated_mlp
 from moejax.experts.stage import StageCounts, reference, resident
 from moejax.kernels.grouped_ffn import GatedWeights
-from moejax.layers.moe import MoEConfig, MoEParams, combine, init_moe, moe
+from moejax.layers.moe import MoEConfig, MoEParams, init_moe, moe
 from moejax.routing.config import RouterConfig
 from moejax.routing.gates import RouterParams, route
 from tests.kernels.cases import assert_close
@@ -131,18 +131,6 @@ def test_the_stage_gets_the_layer_and_its_state_and_its_counts_are_reported(para
     np.testing.assert_allclose(y, want[:, None].repeat(D, 1), rtol=1e-6)
     for i, name in enumerate(StageCounts.__dataclass_fields__):
         assert getattr(metrics, name) == i
-
-
-def test_combine_adds_in_float32_first_choice_first():
-    big, small = 2.0**24, 1.0
-    outputs = jnp.asarray([[[big], [small], [small]], [[small], [small], [big]]])
-    got = combine(outputs, jnp.ones((2, 3)))
-    # (2^24 + 1) + 1 rounds twice to 2^24; (1 + 1) + 2^24 does not.
-    np.testing.assert_array_equal(got[:, 0], [big, big + 2])
-    thirds = jnp.full((1, 3), 1 / 3)
-    half = combine(jnp.ones((1, 3, 2), jnp.bfloat16) * 3, thirds)
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(half.astype(jnp.float32), np.full((1, 2), 3.0))
 
 
 def test_bfloat16_activations_and_a_float32_router(params, x):

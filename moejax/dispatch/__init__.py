@@ -1,0 +1,1 @@
+"""How tokens reach experts on other ranks: one file per strategy, each a stage around a stage."""

@@ -1,0 +1,59 @@
+"""All-gather dispatch: every rank sees the tokens of its group and serves its own experts.
+
+    all-gather tokens and choices ─► local experts ─► weighted sum ─► reduce-scatter
+
+Two collectives of static shape, no capacity, nothing dropped; the default where a fast all-gather
+beats a ragged all-to-all (`docs/dispatch.md`).
+
+Axis letters:
+    T  tokens of this rank    R  ranks on the axis    K  experts per token    D  model dim
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.core.structs import Routing
+from moejax.experts.combine import combine
+from moejax.experts.shard import local_routing
+from moejax.experts.stage import Stage, StageCounts, resident
+
+
+def gather(
+    inner: Stage = resident,
+    *,
+    num_experts: int,
+    axis: str = "expert",
+    token_axes: tuple[str, ...] = ("expert",),
+) -> Stage:
+    """The stage that runs `inner` on the tokens of all ranks of the mesh axis `axis`.
+
+    For use inside `shard_map` with tokens and experts sharded over `axis`. `inner` sees all R * T
+    tokens with rank-local expert ids, `num_experts / R` of them. Returns combined rows [T, D],
+    because partial sums cost K times less on the wire than outputs kept apart; the order of
+    summation differs from one device's. Counts are summed over `token_axes`, all mesh axes that tokens
+    are sharded over. Cost: an all-gather of R * T * (D + 2 K) words and a
+    reduce-scatter of R * T * D float32.
+    """
+
+    def stage(
+        x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
+    ) -> tuple[jax.Array, Any, StageCounts]:
+        num_local = num_experts // jax.lax.axis_size(axis)
+        with jax.named_scope("moe_dispatch"):
+            x, routing = jax.tree.map(
+                lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True),
+                (x, dataclasses.replace(routing, router_logits=None)),
+            )
+            local = local_routing(routing, axis, num_local)
+        outputs, state, counts = inner(x, local, weights, layer, state)
+        with jax.named_scope("moe_combine"):
+            partial = combine(outputs.astype(jnp.float32), routing.topk_weights)
+            y = jax.lax.psum_scatter(partial, axis, scatter_dimension=0, tiled=True)
+        waves = jax.lax.pmax(counts.waves, token_axes)
+        counts = dataclasses.replace(jax.lax.psum(counts, token_axes), waves=waves)
+        return y.astype(x.dtype), state, counts
+
+    return stage

@@ -1,0 +1,86 @@
+"""Training on a mesh: one loss and one gradient whatever the mesh, and runs that change meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.core.errors import InputError
+from moejax.core.mesh import make_mesh
+from moejax.training.loop import train
+from moejax.training.loss import train_loss
+from moejax.training.sharding import check_mesh, sharded_loss, state_shardings
+from moejax.training.state import init_state
+from tests.kernels.cases import assert_close
+from tests.training.helpers import text_bytes, tiny_model, tiny_train
+
+MODEL, CFG = tiny_model(), tiny_train(batch_size=4, router_z_weight=0.01)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rows = text_bytes()[: 4 * 5].reshape(4, 5)
+    return jnp.asarray(rows, jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def want(tokens):
+    params = init_state(MODEL, CFG).params
+    grad_fn = jax.jit(jax.value_and_grad(train_loss, has_aux=True), static_argnums=(2, 3))
+    return grad_fn(params, tokens, MODEL, CFG)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 2), (2, 2), (4, 1)], ids=lambda s: f"data{s[0]}_expert{s[1]}"
+)
+@pytest.mark.parametrize("axis_type", ["auto", "explicit"])
+def test_loss_and_gradient_do_not_depend_on_the_mesh(shape, axis_type, tokens, want):
+    mesh = make_mesh(data=shape[0], expert=shape[1], axis_type=axis_type)
+    with jax.set_mesh(mesh):
+        params = init_state(MODEL, CFG, mesh).params
+        grad_fn = jax.jit(jax.value_and_grad(sharded_loss, has_aux=True), static_argnums=(2, 3, 4))
+        (loss, metrics), grads = grad_fn(params, tokens, MODEL, CFG, mesh)
+    (want_loss, want_metrics), want_grads = want
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    np.testing.assert_array_equal(metrics.expert_load, want_metrics.expert_load)
+    np.testing.assert_allclose(
+        metrics.load_balancing_loss, want_metrics.load_balancing_loss, rtol=1e-6
+    )
+    for got, reference in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        assert_close(np.asarray(got), np.asarray(reference))
+    sharding = grads.groups[0].mlp.experts.w_gate.sharding
+    assert sharding.shard_shape(grads.groups[0].mlp.experts.w_gate.shape)[1] * shape[1] == (
+        MODEL.moe.router.num_experts
+    )
+
+
+def test_a_run_continues_on_another_mesh_as_if_uninterrupted(tmp_path):
+    steps = dict(horizon_steps=4, checkpoint_steps=2)
+    cfg = tiny_train(batch_size=4, **steps)
+    data = text_bytes()
+    whole = train(data, MODEL, cfg, path=tmp_path / "whole", mesh=make_mesh(data=2, expert=2))
+    path = tmp_path / "moved"
+    train(data, MODEL, cfg, path=path, mesh=make_mesh(expert=2))
+    (latest,) = path.glob("4")
+    for item in sorted(latest.rglob("*"), reverse=True):
+        item.unlink() if item.is_file() else item.rmdir()
+    latest.rmdir()
+    moved = train(data, MODEL, cfg, path=path, mesh=make_mesh(data=4))
+    assert moved.resumed_step == 2
+    np.testing.assert_allclose(moved.history["loss"], whole.history["loss"], rtol=1e-6)
+
+
+def test_weights_on_a_mesh_are_those_of_one_device():
+    mesh = make_mesh(data=2, expert=2)
+    state, alone = init_state(MODEL, CFG, mesh), init_state(MODEL, CFG)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == state_shardings(state, mesh)
+    for got, reference in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(got, reference)
+
+
+def test_what_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="batch_size=4 is not divisible by data .* 8 ranks"):
+        check_mesh(make_mesh(data=8), MODEL, CFG)
+    experts = MODEL.moe.router.num_experts
+    with pytest.raises(InputError, match=f"num_experts={experts} is not divisible"):
+        check_mesh(make_mesh(expert=3), MODEL, CFG)
