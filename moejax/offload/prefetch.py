@@ -2,7 +2,9 @@
 
 Fetched experts land in buffers of their own that travel through the scan over layers; at the start
 of the next layer those that it wants enter the slot cache and the others are forgotten, so a wrong
-prediction costs link time but never displaces a useful row.
+prediction costs link time but never displaces a useful row. When all slots hold experts that the
+layer wants, landed ones wait until those have been computed (`waves.sort_experts`; not in mode
+`always`, where they are forgotten too).
 
 Axis letters:
     T  tokens    E  experts of this rank    L  MoE layers    N  granules    m  prefetch lanes
@@ -74,34 +76,45 @@ def demand(scores: jax.Array, valid: jax.Array, top_k: int) -> jax.Array:
     return jnp.sum(jnp.where(valid[:, None], votes, 0.0), axis=0)
 
 
-def absorb(
-    cache: SlotCache, landing: Landing, layer: jax.Array, wanted: jax.Array, policy: Policy
-) -> tuple[SlotCache, jax.Array, jax.Array]:
-    """Moves landed experts that `layer` wants into the cache, before it is read.
+def landed_experts(landing: Landing, layer: jax.Array, num_experts: int) -> jax.Array:
+    """bool [E]: the experts of `layer` that have landed."""
+    expert = jnp.arange(num_experts, dtype=jnp.int32)
+    return (landing.granule[:, None] == layer * num_experts + expert[None]).any(0)
 
-    Returns the cache, how many lanes had fetched something, and how many of those were wasted: not
-    wanted by this layer, or in the cache already, or without a slot that holds nothing wanted.
+
+def absorb(
+    cache: SlotCache,
+    landing: Landing,
+    layer: jax.Array,
+    wanted: jax.Array,
+    keep: jax.Array,
+    policy: Policy,
+) -> tuple[SlotCache, jax.Array]:
+    """Moves landed experts of `layer` that are `wanted` (bool [E]) into the cache, where absent.
+
+    They only take slots that hold no expert to `keep` (bool [E]). Returns the cache and how many
+    experts entered it.
     """
     num_experts = wanted.shape[0]
     used = jnp.int32(0)
-    for lane, expert in enumerate(landing.experts):
-        granule = landing.granule[lane]
-        local = granule - layer * num_experts
-        ours = (local >= 0) & (local < num_experts)
-        local = jnp.clip(local, 0, num_experts - 1)
-        slot, is_free = choose_slot(cache.table, layer, policy, wanted)
-        absent = cache.table.slot_of[jnp.maximum(granule, 0)] < 0
-        take = (ours & wanted[local] & absent & is_free).astype(jnp.int32)
+    with jax.named_scope("offload_absorb"):
+        for lane, expert in enumerate(landing.experts):
+            granule = landing.granule[lane]
+            local = granule - layer * num_experts
+            ours = (local >= 0) & (local < num_experts)
+            local = jnp.clip(local, 0, num_experts - 1)
+            slot, is_free = choose_slot(cache.table, layer, policy, keep)
+            absent = cache.table.slot_of[jnp.maximum(granule, 0)] < 0
+            take = (ours & wanted[local] & absent & is_free).astype(jnp.int32)
 
-        def write(_, cache, slot=slot, granule=granule, expert=expert):
-            rows = write_row(cache.rows, slot, expert)
-            return SlotCache(table=assign(cache.table, slot, granule), rows=rows)
+            def write(_, cache, slot=slot, granule=granule, expert=expert):
+                rows = write_row(cache.rows, slot, expert)
+                return SlotCache(table=assign(cache.table, slot, granule), rows=rows)
 
-        # A loop of at most one trip: as a cond, XLA:CPU copies the cache.
-        cache = jax.lax.fori_loop(0, take, write, cache)
-        used += take
-    fetched = jnp.sum(landing.granule >= 0, dtype=jnp.int32)
-    return cache, fetched, fetched - used
+            # A loop of at most one trip: as a cond, XLA:CPU copies the cache.
+            cache = jax.lax.fori_loop(0, take, write, cache)
+            used += take
+    return cache, used
 
 
 def choose(

@@ -99,6 +99,11 @@ def layer_slot_of(table: SlotTable, layer: jax.Array, num_experts: int) -> jax.A
     return jax.lax.dynamic_slice(table.slot_of, (layer * num_experts,), (num_experts,))
 
 
+def num_slots_of(table: SlotTable, layer: jax.Array) -> jax.Array:
+    """int32 []: how many slots may serve `layer`."""
+    return jnp.sum(_may_serve(table, layer), dtype=jnp.int32)
+
+
 def choose_slot(
     table: SlotTable, layer: jax.Array, policy: Policy, wanted: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -113,7 +118,7 @@ def choose_slot(
     expert = table.granule_of - layer * num_experts
     mine = (expert >= 0) & (expert < num_experts)
     busy = mine & wanted[jnp.clip(expert, 0, num_experts - 1)]
-    allowed = (table.slot_layer < 0) | (table.slot_layer == layer)
+    allowed = _may_serve(table, layer)
     free = allowed & ~busy
     any_free = jnp.any(free)
     primary, secondary = (
@@ -143,3 +148,7 @@ def write_row(rows: GatedWeights, slot: jax.Array, expert: GatedWeights) -> Gate
         return jax.lax.dynamic_update_index_in_dim(leaf, row, slot, 0)
 
     return jax.tree.map(write, rows, expert)
+
+
+def _may_serve(table, layer):
+    return (table.slot_layer < 0) | (table.slot_layer == layer)

@@ -1,6 +1,7 @@
 """The offloaded expert stage: experts in host memory, a slot cache on the device.
 
-    insert what was prefetched -> look up -> waves -> start the next layer's prefetch -> last wave
+    insert what was prefetched -> look up -> waves -> insert what found no slot before
+    -> start the next layer's prefetch -> last wave
 
 It is rank-local: under expert parallelism every rank has its own store, table and misses, nothing
 collective stands inside, and only the outputs are summed.
@@ -12,7 +13,6 @@ Axis letters:
 import dataclasses
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -28,11 +28,19 @@ from moejax.offload.prefetch import (
     Scorer,
     absorb,
     init_landing,
+    landed_experts,
     look_ahead,
 )
 from moejax.offload.slots import SlotCache, init_cache, layer_slots, shared_slots, touch_layer
 from moejax.offload.store import flatten
-from moejax.offload.waves import plan_call, run_last, run_missing, sort_experts, unpermute
+from moejax.offload.waves import (
+    last_wave,
+    plan_call,
+    run_last,
+    run_missing,
+    sort_experts,
+    unpermute,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +121,7 @@ def offloaded(
     Exact: outputs are bit-equal to the resident stage's on CPU. Cost per call: one transfer of an
     expert per miss and per live prefetch lane; with `axis` one psum of [T, K, D].
     """
-    rows, num_experts = flatten(store), store.w_gate.shape[1]
+    rows, (num_layers, num_experts) = flatten(store), store.w_gate.shape[:2]
     policy = POLICIES[cfg.policy]
     ahead = LookAhead(
         scorer=scorer, store=rows, num_experts=num_experts, mode=cfg.fetch_mode, axis=axis
@@ -121,34 +129,47 @@ def offloaded(
 
     def stage(x, routing, weights, layer, state):
         assert weights is None, "the offloaded stage brings its own experts"
-        local = local_routing(routing, axis, num_experts)
+        local, landing = local_routing(routing, axis, num_experts), state.landing
         wanted = (local.topk_idx.reshape(-1)[:, None] == jnp.arange(num_experts)[None]).any(0)
-        cache = dataclasses.replace(
-            state.cache, table=touch_layer(state.cache.table, layer, wanted)
-        )
-        with jax.named_scope("offload_absorb"):
-            cache, fetched, wasted = absorb(cache, state.landing, layer, wanted, policy)
-        work = sort_experts(cache.table, layer, wanted)
+        table = touch_layer(state.cache.table, layer, wanted)
+        cache = dataclasses.replace(state.cache, table=table)
+        cache, used = absorb(cache, landing, layer, wanted, wanted, policy)
+        crowded = _can_crowd(cfg, num_layers, min(local.topk_idx.size, num_experts))
+        landed = landed_experts(landing, layer, num_experts) & crowded
+        work = sort_experts(cache.table, layer, wanted, landed)
         call = plan_call(x, local, work, store=rows, policy=policy)
         cache, y = run_missing(call, cache)
+        if crowded:
+            cache, late = absorb(cache, landing, layer, work.late, last_wave(work), policy)
+            used += late
         # Behind the demand transfers on the link, beside the last wave's compute.
-        landing, predictor = look_ahead(
-            ahead, x, routing, layer, cache.table, state.landing, state.predictor
+        coming, predictor = look_ahead(
+            ahead, x, routing, layer, cache.table, landing, state.predictor
         )
         y = unpermute(call, run_last(call, cache, y))
-        state = OffloadState(cache=cache, landing=landing, predictor=predictor)
-        return sum_ranks(y, axis), state, _counts(work, fetched, wasted, axis)
+        state = OffloadState(cache=cache, landing=coming, predictor=predictor)
+        return sum_ranks(y, axis), state, _counts(work, landing, used, axis)
 
     return stage
 
 
-def _counts(work, fetched, wasted, axis):
+def _can_crowd(cfg, num_layers, most_wanted):
+    """Whether a landed expert may find no slot, and then waits for the last wave.
+
+    Not in mode `always`: the wait costs temporaries that its TPU budgets do not hold (docs/log.md).
+    """
+    slots = cfg.num_slots // num_layers if cfg.quota == "layer" else cfg.num_slots
+    return cfg.prefetch_lanes > 0 and cfg.fetch_mode == "missing" and most_wanted > slots
+
+
+def _counts(work, landing, used, axis):
+    fetched = jnp.sum(landing.granule >= 0, dtype=jnp.int32)
     counts = StageCounts(
         lookups=jnp.sum(work.wanted, dtype=jnp.int32),
-        hits=work.num_cached,
+        hits=work.num_cached + work.num_late,
         demand_fetches=work.num_missing,
         prefetches=fetched,
-        prefetches_wasted=wasted,
+        prefetches_wasted=fetched - used,
         waves=1 + work.num_missing,
     )
     waves = most_of_ranks(counts.waves, axis)

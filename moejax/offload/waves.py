@@ -6,6 +6,10 @@ missing expert starts before a wave computes and lands after it, so link and com
 any number of missing experts passes through any number of slots. With everything cached there is
 one wave and no loop iteration.
 
+When the layer wants more experts than it has slots, some that were prefetched find no room. These
+*late* experts stay in their landing buffers until the slots have been computed, take any of them
+but the last missing expert's, and join the last wave: no transfer, no wave of their own.
+
 Write phase before read phase: the landed expert enters the cache at the start of an iteration and
 the cache is only read after that. XLA:CPU would copy the whole cache otherwise.
 
@@ -34,31 +38,44 @@ from moejax.offload.slots import (
     assign,
     choose_slot,
     layer_slot_of,
+    num_slots_of,
     write_row,
 )
 
 
 @struct.dataclass(kw_only=True)
 class Work:
-    """One layer call, experts in processing order: cached, then missing, then unwanted."""
+    """One layer call, experts in processing order: cached, missing, late, unwanted."""
 
     layer: jax.Array  # int32 []
     order: jax.Array  # int32 [E], expert ids
     wanted: jax.Array  # bool [E], by expert id
+    late: jax.Array  # bool [E], by expert id: landed, and without a slot before the last wave
     num_cached: jax.Array  # int32 [], wanted and in the cache
-    num_missing: jax.Array  # int32 []
+    num_missing: jax.Array  # int32 [], fetched by demand; at least 1 when any is late
+    num_late: jax.Array  # int32 []
 
 
-def sort_experts(table: SlotTable, layer: jax.Array, wanted: jax.Array) -> Work:
-    """Puts the experts of `layer` in processing order; `wanted` is bool [E], ids ascend."""
-    slot_of = layer_slot_of(table, layer, wanted.shape[0])
-    rank = jnp.where(wanted, (slot_of < 0).astype(jnp.int32), 2)
+def sort_experts(table: SlotTable, layer: jax.Array, wanted: jax.Array, landed: jax.Array) -> Work:
+    """Puts the experts of `layer` in processing order, ids ascend in each class.
+
+    Args: `wanted` bool [E]; `landed` bool [E], in a landing buffer. One absent expert is missing
+    even if it has landed, since the slots are free for late ones only behind a wave that fetches;
+    and the last missing one keeps its slot.
+    """
+    absent = wanted & (layer_slot_of(table, layer, wanted.shape[0]) < 0)
+    waiting = absent & landed
+    room = jnp.minimum(jnp.sum(absent, dtype=jnp.int32), num_slots_of(table, layer)) - 1
+    late = waiting & (jnp.cumsum(waiting, dtype=jnp.int32) <= room)
+    rank = jnp.where(wanted, jnp.where(late, 2, absent.astype(jnp.int32)), 3)
     return Work(
         layer=layer,
         order=jnp.argsort(rank, stable=True).astype(jnp.int32),
         wanted=wanted,
+        late=late,
         num_cached=jnp.sum(rank == 0, dtype=jnp.int32),
         num_missing=jnp.sum(rank == 1, dtype=jnp.int32),
+        num_late=jnp.sum(late, dtype=jnp.int32),
     )
 
 
@@ -103,8 +120,9 @@ def plan_call(
 def run_missing(call: Call, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
     """Fetches every missing expert and runs all waves but the last.
 
-    Returns the cache, with the last missing expert landed, and outputs shaped like `xs`. What
-    should travel behind the demand transfers is started after this and before `run_last`.
+    Returns the cache, with the last missing expert landed, and outputs shaped like `xs`. After
+    this and before `run_last`, late experts enter the cache in place of any that are not
+    `last_wave`, and what should travel behind the demand transfers is started.
     Cost: `work.num_missing` transfers of one expert.
     """
     work, n = call.work, call.work.num_missing
@@ -128,12 +146,21 @@ def run_missing(call: Call, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
         return cache, y
 
 
+def last_wave(work: Work) -> jax.Array:
+    """bool [E], by expert id: what `run_last` computes, and wants in the cache."""
+    first, last = _last_wave_bounds(work)
+    position = jnp.arange(work.order.shape[0], dtype=jnp.int32)
+    inside = (position >= first) & (position < last)
+    return jnp.zeros_like(inside).at[work.order].set(inside)
+
+
 def run_last(call: Call, cache: SlotCache, y: jax.Array) -> jax.Array:
-    """The last wave: all cached experts when nothing was missing, else the last missing one."""
-    work, n = call.work, call.work.num_missing
+    """The last wave: all cached experts when nothing was missing, else the last missing one.
+
+    Late experts come with it.
+    """
     with jax.named_scope("moe_last_wave"):
-        first = jnp.where(n == 0, 0, work.num_cached + n - 1)
-        return _compute(call, y, cache, first, work.num_cached + n)
+        return _compute(call, y, cache, *_last_wave_bounds(call.work))
 
 
 def unpermute(call: Call, y: jax.Array) -> jax.Array:
@@ -141,6 +168,11 @@ def unpermute(call: Call, y: jax.Array) -> jax.Array:
     with jax.named_scope("moe_unpermute"):
         y = zero_tail(y, jnp.sum(call.permutation.group_sizes), sizes=call.sizes)
         return ungroup(y[: y.shape[0] - call.sizes[-1]], call.permutation, call.top_k)
+
+
+def _last_wave_bounds(work):
+    missing = work.num_cached + work.num_missing
+    return jnp.where(work.num_missing == 0, 0, missing - 1), missing + work.num_late
 
 
 def _compute(call, y, cache, first, last):

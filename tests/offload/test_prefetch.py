@@ -85,31 +85,36 @@ def test_fetch_brings_the_rows_and_leaves_dead_lanes(store):
 
 
 @pytest.mark.parametrize(
-    "granules, wanted, cached, counts, slot_of",
+    "granules, wanted, cached, used, slot_of",
     [
-        ((E + 1, E + 2), (1, 2), (), (2, 0), {E + 1: 0, E + 2: 1}),
-        ((E + 1, E + 2), (1, 3), (), (2, 1), {E + 1: 0, E + 2: -1}),
-        ((E + 1, -1), (1,), (E + 1,), (1, 1), {E + 1: 0}),  # came in by a miss meanwhile
-        ((-1, -1), (0,), (), (0, 0), {}),
+        ((E + 1, E + 2), (1, 2), (), 2, {E + 1: 0, E + 2: 1}),
+        ((E + 1, E + 2), (1, 3), (), 1, {E + 1: 0, E + 2: -1}),
+        ((E + 1, -1), (1,), (E + 1,), 0, {E + 1: 0}),  # came in by a miss meanwhile
+        ((-1, -1), (0,), (), 0, {}),
     ],
 )
-def test_absorb_takes_what_is_wanted_and_counts_the_rest(
-    store, granules, wanted, cached, counts, slot_of
-):
+def test_absorb_takes_what_is_wanted_and_absent(store, granules, wanted, cached, used, slot_of):
     cache = cache_with(store, *cached)
-    landing = landed(store, *granules)
-    absorb = jax.jit(lambda c: prefetch.absorb(c, landing, jnp.int32(1), mask(*wanted), lru))
-    out, fetched, wasted = absorb(cache)
-    assert (int(fetched), int(wasted)) == counts
+    landing, wanted = landed(store, *granules), mask(*wanted)
+    absorb = jax.jit(lambda c: prefetch.absorb(c, landing, jnp.int32(1), wanted, wanted, lru))
+    out, count = absorb(cache)
+    assert int(count) == used
     for granule, slot in slot_of.items():
         assert int(out.table.slot_of[granule]) == slot
         if slot >= 0 and granule not in cached:
             np.testing.assert_array_equal(out.rows.w_gate[slot], flatten(store).w_gate[granule])
 
 
-def test_absorb_never_evicts_a_wanted_expert(store):
+def test_absorb_never_evicts_an_expert_to_keep(store):
     cache = cache_with(store, E + 0, E + 1, slots=2)
-    landing = landed(store, E + 2)
-    out, fetched, wasted = prefetch.absorb(cache, landing, jnp.int32(1), mask(0, 1, 2), lru)
-    assert (int(fetched), int(wasted)) == (1, 1)
-    assert out.table.granule_of.tolist() == [E, E + 1]
+    landing, wanted, layer = landed(store, E + 2, E + 3), mask(0, 1, 2, 3), jnp.int32(1)
+    out, used = prefetch.absorb(cache, landing, layer, wanted, wanted, lru)
+    assert int(used) == 0 and out.table.granule_of.tolist() == [E, E + 1]
+    out, used = prefetch.absorb(cache, landing, layer, mask(2), mask(1, 2), lru)
+    assert int(used) == 1 and out.table.granule_of.tolist() == [E + 2, E + 1]
+    np.testing.assert_array_equal(out.rows.w_up[0], store.w_up[1, 2])
+
+
+def test_landed_experts_are_those_of_the_layer(store):
+    landing = landed(store, E + 2, 0, -1)
+    assert prefetch.landed_experts(landing, jnp.int32(1), E).tolist() == mask(2).tolist()

@@ -1,5 +1,6 @@
 """The offloaded stage gives the resident stage's bits, whatever the cache went through."""
 
+import dataclasses
 import re
 
 import jax
@@ -12,8 +13,10 @@ from moejax.core.mesh import make_mesh
 from moejax.core.structs import Routing
 from moejax.experts.gated import init_experts
 from moejax.experts.stage import stacked
+from moejax.offload.prefetch import fetch
+from moejax.offload.preload import preload
 from moejax.offload.stage import OffloadConfig, init_state, offloaded
-from moejax.offload.store import to_host
+from moejax.offload.store import flatten, to_host
 
 L, E, D, F = 2, 8, 16, 12
 
@@ -86,6 +89,91 @@ def test_bits_and_counts(experts, cfg, tokens):
             )
 
 
+@pytest.mark.parametrize(
+    "num_slots, top_k, mode", [(6, 2, "missing"), (7, 3, "missing"), (6, 2, "always")]
+)
+def test_prefetched_experts_serve_a_layer_that_wants_more_than_its_slots(
+    experts, num_slots, top_k, mode
+):
+    """Landed experts without a slot are hits in mode `missing`, as far as the slots go."""
+    cfg = OffloadConfig(num_slots=num_slots, prefetch_lanes=3, fetch_mode=mode)
+    store = to_host(experts, make_mesh())
+    rng = np.random.default_rng(2)
+    tokens = 4
+
+    def scorer(x, routing, layer, state):
+        return state, state  # the test is the predictor
+
+    @jax.jit
+    def both(store, experts, x, routing, layer, state):
+        stage = offloaded(store, cfg, scorer=scorer)
+        ours, state, counts = stage(x, routing, None, layer, state)
+        theirs, _, _ = stacked(experts)(x, routing, None, layer, None)
+        return ours, theirs, state, counts
+
+    state = init_state(store, cfg, predictor=jnp.zeros((tokens, E)))
+    used_late, held, landed = 0, set(), set()
+    for layer, idx in random_calls(rng, 16, tokens, top_k, 0.3):
+        x = jnp.asarray(rng.normal(size=(tokens, D)), jnp.float32)
+        state = dataclasses.replace(
+            state, predictor=jnp.asarray(rng.normal(size=(tokens, E)), jnp.float32)
+        )
+        ours, theirs, state, counts = both(
+            store, experts, x, routing_of(idx), jnp.int32(layer), state
+        )
+        np.testing.assert_array_equal(ours, theirs)
+        wanted = {layer * E + int(e) for e in idx.ravel() if e < E}
+        absent, waiting = len(wanted - held), len(wanted & landed - held)
+        slots = num_slots // L + (num_slots % L > layer)
+        early = min(waiting, slots - len(wanted & held))
+        late = max(0, min(waiting - early, absent - early - 1, slots - 1))
+        late *= mode == "missing"
+        assert int(counts.hits) == len(wanted & held) + early + late
+        assert int(counts.demand_fetches) == absent - early - late
+        assert int(counts.prefetches) == len(landed)
+        assert int(counts.prefetches_wasted) == len(landed) - early - late
+        used_late += late
+        held = {int(g) for g in state.cache.table.granule_of if g >= 0}
+        landed = {int(g) for g in state.landing.granule if g >= 0}
+    assert used_late >= 3 or mode == "always"
+    for slot, granule in enumerate(np.asarray(state.cache.table.granule_of)):
+        assert granule >= 0
+        np.testing.assert_array_equal(
+            state.cache.rows.w_up[slot], experts.w_up.reshape(L * E, D, F)[granule]
+        )
+
+
+@pytest.mark.parametrize(
+    "arrived, idx, hits, wasted",
+    [
+        ((5, 6), [[0, 1, 2, 3], [4, 5, 6, 7]], 7, 0),
+        # One comes by demand: behind it the slots are computed and given to the others.
+        ((5, 6, 7), [[0, 1, 2, 3], [4, 5, 6, 7]], 7, 1),
+        ((5, 6, 7), [[0, 1, 2, 3], [E, 5, 6, 7]], 6, 1),  # the slot of 4 is free from the start
+    ],
+)
+def test_landed_experts_wait_for_slots_that_hold_wanted_ones(experts, arrived, idx, hits, wasted):
+    """Experts 0 to 4 fill the five slots of layer 1."""
+    cfg = OffloadConfig(num_slots=5 * L, prefetch_lanes=len(arrived))
+    x = jnp.linspace(-1, 1, 2 * D, dtype=jnp.float32).reshape(2, D)
+    routing, layer = routing_of(idx), jnp.int32(1)
+
+    @jax.jit
+    def run(store, experts):
+        state = init_state(store, cfg)
+        cache = preload(state.cache, store, E + jnp.arange(5, dtype=jnp.int32))
+        granule, live = E + jnp.array(arrived, jnp.int32), jnp.ones(len(arrived), bool)
+        landing = fetch(flatten(store), state.landing, granule, live, "always")
+        state = dataclasses.replace(state, cache=cache, landing=landing)
+        ours, _, counts = offloaded(store, cfg)(x, routing, None, layer, state)
+        return ours, stacked(experts)(x, routing, None, layer, None)[0], counts
+
+    ours, theirs, counts = run(to_host(experts, make_mesh()), experts)
+    np.testing.assert_array_equal(ours, theirs)
+    assert (int(counts.hits), int(counts.prefetches_wasted)) == (hits, wasted)
+    assert int(counts.demand_fetches) == 1 and int(counts.waves) == 2
+
+
 def test_bfloat16_cache_is_written_in_place(experts):
     """XLA:CPU would widen the whole cache for every bfloat16 write; the cache holds bits."""
     cfg = OffloadConfig(num_slots=11, quota="shared")
@@ -119,9 +207,13 @@ def test_nothing_wanted_moves_nothing_and_gives_zeros(experts):
     assert (np.asarray(state.cache.table.granule_of) == -1).all()
 
 
-def test_compiled_step_copies_no_cache_and_calls_no_host(experts):
-    """Write phase before read phase: nothing of the cache's or the store's shape is copied."""
-    cfg = OffloadConfig(num_slots=11, prefetch_lanes=2, quota="shared")
+@pytest.mark.parametrize("quota", ["shared", "layer"])
+def test_compiled_step_copies_no_cache_and_calls_no_host(experts, quota):
+    """Write phase before read phase: nothing of the cache's or the store's shape is copied.
+
+    Six wanted experts may find fewer slots in a layer's quota, never in the shared pool.
+    """
+    cfg = OffloadConfig(num_slots=11, prefetch_lanes=2, quota=quota)
 
     def scorer(x, routing, layer, state):
         return x[:, :E] * (1.0 + layer.astype(jnp.float32)), state
