@@ -127,7 +127,9 @@ class OffloadedDecode:
             experts, cfg, mesh, capacity=self.capacity, offload=offload, prediction=prediction
         )
         predictor = prediction.params if prediction else None
-        session = jax.eval_shape(lambda p: programs.start(p, batch=self.batch, seed=0), predictor)
+        session = jax.eval_shape(
+            lambda p: programs.start(p, batch=self.batch, seed=0, temperature=0.0), predictor
+        )
         session = abstract(session, replicated).replace(offload=abstract(session.offload, per_rank))
         tails = {leaf.shape[2:] for leaf in jax.tree.leaves(experts)}
         rows = self.num_layers * local_experts

@@ -62,6 +62,20 @@ def _settle_platform() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def use_cpu_cores(limit: int) -> None:
+    """Makes up to `limit` CPU devices, one per core; call before anything asks for devices.
+
+    XLA:CPU runs a small product on one core, so one device leaves the others idle.
+    """
+    import jax
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = min(limit, cores or 1)
+    # Collectives block pool threads; with a thread per core they can wait for each other forever.
+    os.environ.setdefault("NPROC", str(2 * max(devices, cores or 1)))
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
 def _parse(argv: list[str]) -> list[str]:
     # Libraries warn of what then ends in an error; --verbosity=0 shows which kernels were picked.
     logging.set_verbosity(logging.ERROR)

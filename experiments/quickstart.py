@@ -32,7 +32,7 @@ from moejax.core.mesh import make_mesh
 from moejax.core.overlay import overlay
 from moejax.data.text import Corpus, load_corpus
 from moejax.models.restore import restore_params
-from moejax.serving.engine import make_engine, split_experts
+from moejax.serving.engine import split_experts
 
 WORKDIR = flags.DEFINE_string("workdir", "workdir", "folder for checkpoints, report and plots")
 DATA = flags.DEFINE_string("data", None, "text file or folder; default: the standard library")
@@ -53,6 +53,7 @@ def decode_all(
     results, identical = {}, {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        decode.compile_all(engines, corpus.heldout, cfg.decode, progress)
         for batch, new_tokens in zip(cfg.decode.batch_sizes, cfg.decode.new_tokens, strict=True):
             results[batch] = decode.compare(
                 engines,
@@ -65,16 +66,8 @@ def decode_all(
                 progress=progress,
             )
             identical[batch] = decode.check_identical(results[batch])
-    resident = engines["resident"]
-    writer = make_engine(
-        resident.params,
-        resident.experts,
-        model,
-        mesh,
-        capacity=resident.capacity,
-        temperature=cfg.decode.temperature,
-    )
-    return results, identical, bandwidths, decode.sample_text(writer, corpus.heldout, cfg.decode)
+    sample = decode.sample_text(engines["resident"], corpus.heldout, cfg.decode)
+    return results, identical, bandwidths, sample
 
 
 def training_summary(training: Trained) -> str:
@@ -103,6 +96,7 @@ def main() -> None:
     cfg = overlay(get_config(), SET.value)
     if DATA.value is not None:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=DATA.value))
+    cli.use_cpu_cores(2)
     model, corpus = cfg.model.decoder(), load_corpus(cfg.data)
     check_steps(model, corpus, cfg.predict, cfg.decode)
     console.rule("1. train")

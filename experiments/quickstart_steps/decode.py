@@ -11,7 +11,9 @@ moment of the machine hits all of them.
 """
 
 import dataclasses
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +166,26 @@ def measure_bandwidths(host: GatedWeights) -> Bandwidths:
     )
 
 
+def compile_all(engines: dict[str, Engine], heldout: Split, cfg: DecodeConfig, progress: Progress):
+    """Compiles every program of every mode for every batch size, as many at once as cores.
+
+    A compilation keeps one core busy. Calls find the programs compiled.
+    """
+    lowered = []
+    for batch in cfg.batch_sizes:
+        tokens, mask = make_prompts(heldout, batch, cfg)
+        prefills = {}
+        for e in engines.values():
+            session = e.start(batch)
+            prefills[e.programs.prefill] = (e.params, e.experts, session, tokens, mask)
+            lowered.append(e.programs.step.lower(e.params, e.experts, e.predictor, session))
+        lowered += [prefill.lower(*arguments) for prefill, arguments in prefills.items()]
+    task = progress.add_task("compile", total=len(lowered))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda program: program.compile(), lowered):
+            progress.advance(task)
+
+
 class _Run:
     """A mode that is being stepped."""
 
@@ -208,7 +230,7 @@ def compare(
 
 
 def _summarize(run: _Run, slots: int, bandwidths: Bandwidths) -> ModeResult:
-    # The first step compiles; the median of the others is not moved by a hiccup.
+    # The first step warms up; the median of the others is not moved by a hiccup.
     seconds = float(np.median(run.seconds[1:]))
     totals = jax.tree.map(lambda *leaves: np.stack(leaves).sum(), *run.metrics)
     steps, batch = len(run.metrics), len(run.tokens[0])
@@ -242,7 +264,8 @@ def check_identical(results: dict[str, ModeResult]) -> bool:
 def sample_text(engine: Engine, heldout: Split, cfg: DecodeConfig) -> tuple[str, str]:
     """A prompt from a held-out file and what the model writes after it."""
     tokens, mask = make_prompts(heldout, 1, cfg)
-    session, token, _ = engine.prefill(engine.start(1, seed=cfg.seed), tokens, mask)
+    session = engine.start(1, seed=cfg.seed, temperature=cfg.temperature)
+    session, token, _ = engine.prefill(session, tokens, mask)
     written = [token]
     for _ in range(cfg.sample_bytes - 1):
         session, token, _ = engine.step(session)

@@ -1,16 +1,20 @@
 """Step 1 of the quickstart: train or resume, then score held-out bytes beside n-grams."""
 
 import dataclasses
+import math
 import pathlib
 
+import jax
 import numpy as np
 
 from configs.quickstart import QuickstartConfig
 from moejax.core.errors import check
+from moejax.core.mesh import make_mesh
 from moejax.data.ngram import bits_per_byte, fit_ngram, scored_positions
 from moejax.data.text import Corpus, check_batches, load_corpus, sample_windows
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
+from moejax.training.config import TrainConfig
 from moejax.training.evaluate import evaluate
 from moejax.training.loop import TrainResult, train
 
@@ -40,9 +44,10 @@ def run_training(
     corpus: Corpus | None = None,
     show_progress: bool = True,
 ) -> Trained:
-    """Trains, or resumes from `workdir`/checkpoints; the checkpoints are complete on return.
+    """Trains on all devices, or resumes from `workdir`/checkpoints, complete on return.
 
-    `corpus` is that of `cfg.data` when it is already loaded.
+    The state that is returned lies on the first device. `corpus` is that of `cfg.data` when it is
+    already loaded.
     """
     model = cfg.model.decoder()
     for name in ("eval_bytes", "eval_batch_size"):
@@ -55,8 +60,11 @@ def run_training(
         model,
         cfg.train,
         path=checkpoint_folder(workdir),
+        mesh=training_mesh(model, cfg.train),
         show_progress=show_progress,
     )
+    state = jax.device_put(result.state, jax.devices()[0])
+    result = dataclasses.replace(result, state=state)
     bits, expert_load, scored = score(cfg, corpus, result.state.params, model)
     return Trained(
         corpus=corpus,
@@ -66,6 +74,12 @@ def run_training(
         scored_bytes=scored,
         expert_load=expert_load,
     )
+
+
+def training_mesh(model: DecoderConfig, cfg: TrainConfig) -> jax.sharding.Mesh:
+    """Experts over as many devices as divide them and the batch."""
+    both = math.gcd(model.moe.router.num_experts, cfg.batch_size)
+    return make_mesh(expert=max(n for n in range(1, jax.device_count() + 1) if both % n == 0))
 
 
 def checkpoint_folder(workdir: str | pathlib.Path) -> pathlib.Path:

@@ -10,7 +10,7 @@ Axis letters:
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ from moejax.serving.prediction import Prediction, begin_token, see_prompt
 
 AXIS = "expert"
 # A tree of specs has the class of the tree it describes.
-_SESSION_SPECS: dict[str, Any] = dict(kv=P(), token=P(), key=P(), offload=P(AXIS))
+_SESSION_SPECS: dict[str, Any] = dict(kv=P(), token=P(), key=P(), temperature=P(), offload=P(AXIS))
 
 
 @struct.dataclass(kw_only=True)
@@ -45,6 +45,7 @@ class Session:
     kv: KVCache
     token: jax.Array  # int32 [B], the newest token, not yet in the KV cache
     key: jax.Array  # for sampling
+    temperature: jax.Array  # float32 [], 0 decodes greedily
     offload: OffloadState | None  # leading axis R on every leaf
 
 
@@ -60,9 +61,12 @@ class Engine:
     predictor: Any  # parameters of the prediction, or None
     programs: "Programs"
 
-    def start(self, batch: int, seed: int = 0) -> Session:
-        """An empty session for `batch` sequences."""
-        return self.programs.start(self.predictor, batch=batch, seed=seed)
+    def start(self, batch: int, *, seed: int = 0, temperature: float = 0.0) -> Session:
+        """An empty session for `batch` sequences; temperature 0 decodes greedily."""
+        check(temperature >= 0, f"temperature={temperature} must not be negative")
+        return self.programs.start(
+            self.predictor, batch=batch, seed=seed, temperature=float(temperature)
+        )
 
     def prefill(
         self, session: Session, tokens: jax.Array, mask: jax.Array
@@ -77,9 +81,7 @@ class Engine:
             f"a prompt of {new} positions after {used} exceeds the KV capacity {self.capacity}",
         )
         check(bool(jnp.all(mask[:, 0])), "a prompt without tokens: mask is False from the start")
-        return self.programs.prefill(
-            self.params, self.experts, self.predictor, session, tokens, mask
-        )
+        return self.programs.prefill(self.params, self.experts, session, tokens, mask)
 
     def step(self, session: Session) -> tuple[Session, jax.Array, MoEMetrics]:
         """Decodes one token int32 [B] per sequence; metrics have a leading L.
@@ -134,7 +136,6 @@ def make_engine(
     capacity: int,
     offload: OffloadConfig | None = None,
     prediction: Prediction | None = None,
-    temperature: float = 0.0,
 ) -> Engine:
     """Builds the two programs. Nothing is compiled before the first call.
 
@@ -143,7 +144,6 @@ def make_engine(
         capacity: positions of the KV cache; prompt and new tokens must fit.
         offload: slot cache and prefetch; None keeps all experts on the device.
         prediction: what to prefetch; wants `offload.prefetch_lanes > 0`.
-        temperature: 0 decodes greedily.
     """
     lanes = offload.prefetch_lanes if offload else 0
     check(
@@ -164,7 +164,6 @@ def make_engine(
             capacity=capacity,
             offload=offload,
             prediction=prediction,
-            temperature=temperature,
         ),
     )
 
@@ -177,17 +176,18 @@ def make_programs(
     capacity: int,
     offload: OffloadConfig | None,
     prediction: Prediction | None,
-    temperature: float = 0.0,
 ) -> Programs:
     """The jitted functions alone; `experts` may be abstract, for ahead-of-time compilation."""
     if offload is not None:
         check_tiles(experts, mesh.devices.flat[0].platform)
-    body = _Program(cfg, offload, prediction, temperature)
+    body = _Program(cfg, offload, prediction)
     session: Any = Session(**_SESSION_SPECS)
-    model = (P(), EXPERT_SPEC, P(), session)
-    out = (session, P(), P())
-    prefill = jax.shard_map(body.prefill, mesh=mesh, in_specs=(*model, P(), P()), out_specs=out)
-    step = jax.shard_map(body.step, mesh=mesh, in_specs=model, out_specs=out)
+    step = jax.shard_map(
+        body.step,
+        mesh=mesh,
+        in_specs=(P(), EXPERT_SPEC, P(), session),
+        out_specs=(session, P(), P()),
+    )
     fill = jax.shard_map(
         body.preload, mesh=mesh, in_specs=(EXPERT_SPEC, session, P(AXIS)), out_specs=session
     )
@@ -198,13 +198,28 @@ def make_programs(
             static_argnames="batch",
             out_shardings=jax.tree.map(partial(jax.NamedSharding, mesh), session),
         ),
-        prefill=jax.jit(prefill, donate_argnums=3),
+        prefill=_jit_prefill(cfg, mesh, offload),
         step=jax.jit(step, donate_argnums=3),
         preload=jax.jit(fill, donate_argnums=1),
     )
 
 
-def _start(experts, cfg, ranks, capacity, offload, prediction, predictor, *, batch, seed):
+@lru_cache(maxsize=64)
+def _jit_prefill(cfg: DecoderConfig, mesh: Mesh, offload: OffloadConfig | None):
+    """The prefill program. Engines that differ in their prediction share it: it takes no part."""
+    session: Any = Session(**_SESSION_SPECS)
+    prefill = jax.shard_map(
+        _Program(cfg, offload, None).prefill,
+        mesh=mesh,
+        in_specs=(P(), EXPERT_SPEC, session, P(), P()),
+        out_specs=(session, P(), P()),
+    )
+    return jax.jit(prefill, donate_argnums=2)
+
+
+def _start(
+    experts, cfg, ranks, capacity, offload, prediction, predictor, *, batch, seed, temperature
+):
     state = None
     if offload is not None:
         local = jax.tree.map(
@@ -220,6 +235,7 @@ def _start(experts, cfg, ranks, capacity, offload, prediction, predictor, *, bat
         kv=init_cache(cfg, batch, capacity),
         token=jnp.zeros((batch,), jnp.int32),
         key=jax.random.key(seed),
+        temperature=jnp.float32(temperature),
         offload=state,
     )
 
@@ -231,12 +247,11 @@ class _Program:
     cfg: DecoderConfig
     offload: OffloadConfig | None
     prediction: Prediction | None
-    temperature: float
 
-    def prefill(self, params, experts, predictor, session, tokens, mask):
+    def prefill(self, params, experts, session, tokens, mask):
         """Runs the prompts; nothing is prefetched, as a prompt wants nearly every expert."""
         out, session = self._forward(params, self._stage(experts, None), session, tokens, mask)
-        if self.prediction:
+        if session.offload is not None:
             seen = see_prompt(_of_rank(session.offload.predictor), out.record.topk_idx, len(tokens))
             session = _with_offload(session, predictor=_as_rank(seen))
         last = jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
@@ -272,11 +287,11 @@ class _Program:
 
     def _emit(self, session, logits, metrics):
         key, draw = jax.random.split(session.key)
-        if self.temperature > 0:
-            token = jax.random.categorical(draw, logits / self.temperature, axis=-1)
-        else:
-            token = jnp.argmax(logits, axis=-1)
-        token = token.astype(jnp.int32)
+        token = jax.lax.cond(
+            session.temperature > 0,
+            lambda: jax.random.categorical(draw, logits / session.temperature, axis=-1),
+            lambda: jnp.argmax(logits, axis=-1),
+        ).astype(jnp.int32)
         return dataclasses.replace(session, token=token, key=key), token, metrics
 
 

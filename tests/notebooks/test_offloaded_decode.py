@@ -196,7 +196,8 @@ def test_its_step_streams_on_a_tpu(definitions):
     engine = definitions["engine_of"](dense, experts, mesh, lanes=definitions["prefetch_lanes"])
 
     session = jax.eval_shape(
-        lambda predictor: engine.programs.start(predictor, batch=1, seed=0), engine.predictor
+        lambda predictor: engine.programs.start(predictor, batch=1, seed=0, temperature=1.0),
+        engine.predictor,
     )
     offload = abstract(session.offload, device_sharding(mesh, P(AXIS)))
     session = abstract(session, device_sharding(mesh)).replace(offload=offload)

@@ -149,10 +149,10 @@ def test_preloaded_engine_never_misses():
 
 def test_temperature_draws_from_the_key():
     dense, experts = split_experts(model(), CFG)
-    engine = make_engine(dense, experts, CFG, make_mesh(), capacity=16, temperature=1.5)
+    engine = make_engine(dense, experts, CFG, make_mesh(), capacity=16)
     drawn = []
     for seed in (0, 0, 1):
-        session, first, _ = engine.prefill(engine.start(4, seed=seed), *prompts(4))
+        session, first, _ = engine.prefill(engine.start(4, seed=seed, temperature=1.5), *prompts(4))
         drawn.append(np.stack([first, *(engine.step(session)[1:2])]))
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
@@ -172,5 +172,7 @@ def test_wrong_use_is_refused():
             prediction=next_gate(dense),
         )
     engine = make_engine(dense, experts, CFG, mesh, capacity=4)
+    with pytest.raises(InputError, match="temperature=-1.0 must not be negative"):
+        engine.start(1, temperature=-1.0)
     with pytest.raises(InputError, match="prompt of 6 positions after 0 exceeds the KV capacity 4"):
         engine.prefill(engine.start(1), *prompts(1))
