@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from moejax.core import compat
 from moejax.core.errors import check
 from moejax.core.memory import device_sharding, host_sharding
 from moejax.core.mesh import check_divisible
@@ -36,17 +37,22 @@ def to_device(experts: GatedWeights, mesh: Mesh) -> GatedWeights:
     return jax.device_put(experts, device_sharding(mesh, EXPERT_SPEC))
 
 
-def check_tiles(experts: GatedWeights, platform: str) -> None:
-    """Raises `InputError` where `platform` cannot slice host stacks of these widths.
+def check_platform(experts: GatedWeights, platform: str) -> None:
+    """Raises `InputError` where `platform` cannot slice host stacks, or not of these widths.
 
     TPU transfers move whole tiles: the last two dimensions of a host stack must be multiples of
-    128, or compilation ends in an internal error.
+    128, or compilation ends in an internal error. On CUDA some versions of jax read wrong rows.
     """
     d_model, d_ff = experts.w_gate.shape[-2:]
     check(
         platform != "tpu" or (d_model % 128 == 0 and d_ff % 128 == 0),
         "offloading on TPU wants d_model and d_ff to be multiples of 128, "
         f"got {d_model} and {d_ff}",
+    )
+    check(
+        compat.host_slices_are_sound(platform),
+        f"offloading on {platform} wants jax 0.11.1 or newer, as older ones may read wrong rows of "
+        f"host memory; this is {'.'.join(map(str, compat.JAX_VERSION))}",
     )
 
 
