@@ -6,7 +6,7 @@ reached; an *assumed* figure is ours, and a run on the machine should replace it
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from moejax.core.errors import InputError
 
@@ -25,7 +25,7 @@ class Chip:
     link_bytes_per_s: float  # host to device, one direction
     link: Provenance
     interconnect_bytes_per_s: float  # to other chips, all ports, one direction
-    devices_per_chip: int = 1
+    devices_per_chip: int
 
 
 # TPU: the pages v5e, v5p, v6e and tpu7x of docs.cloud.google.com/tpu/docs. Their "bidirectional
@@ -34,89 +34,27 @@ class Chip:
 # GPU: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM, and the Ada architecture paper
 # (RTX 4090). PCIe rates are those of 16 lanes after line coding. NVLink totals of 600e9 and 900e9
 # count both directions, halved here.
-_CHIPS = (
-    Chip(
-        name="v5e",
-        jax_kinds=("TPU v5 lite", "TPU v5e"),
-        bf16_flops=197e12,
-        hbm_bytes=16 * 2**30,
-        hbm_bytes_per_s=819e9,
-        link_bytes_per_s=15.75e9,
-        link="assumed",
-        interconnect_bytes_per_s=200e9,
-    ),
-    Chip(
-        name="v5p",
-        jax_kinds=("TPU v5", "TPU v5p"),
-        bf16_flops=459e12,
-        hbm_bytes=95 * 2**30,
-        hbm_bytes_per_s=2765e9,
-        link_bytes_per_s=15.75e9,
-        link="assumed",
-        interconnect_bytes_per_s=600e9,
-    ),
-    Chip(
-        name="v6e",
-        jax_kinds=("TPU v6 lite", "TPU v6e"),
-        bf16_flops=918e12,
-        hbm_bytes=32 * 2**30,
-        hbm_bytes_per_s=1638e9,
-        link_bytes_per_s=31.5e9,
-        link="assumed",
-        interconnect_bytes_per_s=400e9,
-    ),
-    Chip(
-        name="7x",
-        jax_kinds=("TPU7x",),
-        bf16_flops=2307e12,
-        hbm_bytes=192 * 2**30,
-        hbm_bytes_per_s=7380e9,
-        link_bytes_per_s=63e9,
-        link="assumed",
-        interconnect_bytes_per_s=600e9,
-        devices_per_chip=2,
-    ),
-    Chip(
-        name="A100",
-        jax_kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
-        bf16_flops=312e12,
-        hbm_bytes=80e9,
-        hbm_bytes_per_s=2039e9,
-        link_bytes_per_s=31.5e9,
-        link="datasheet",
-        interconnect_bytes_per_s=300e9,
-    ),
-    Chip(
-        name="H100",
-        jax_kinds=("NVIDIA H100 80GB HBM3",),
-        bf16_flops=989e12,
-        hbm_bytes=80e9,
-        hbm_bytes_per_s=3350e9,
-        link_bytes_per_s=63e9,
-        link="datasheet",
-        interconnect_bytes_per_s=450e9,
-    ),
-    Chip(
-        name="H200",
-        jax_kinds=("NVIDIA H200",),
-        bf16_flops=989e12,
-        hbm_bytes=141e9,
-        hbm_bytes_per_s=4800e9,
-        link_bytes_per_s=63e9,
-        link="datasheet",
-        interconnect_bytes_per_s=450e9,
-    ),
-    Chip(
-        name="RTX4090",
-        jax_kinds=("NVIDIA GeForce RTX 4090",),
-        bf16_flops=165e12,
-        hbm_bytes=24e9,
-        hbm_bytes_per_s=1008e9,
-        link_bytes_per_s=31.5e9,
-        link="datasheet",
-        interconnect_bytes_per_s=31.5e9,  # PCIe: it has no NVLink
-    ),
+_GIB = 2**30
+# fmt: off
+_COLUMNS = (
+    "name", "bf16_flops", "hbm_bytes", "hbm_bytes_per_s", "link_bytes_per_s", "link",
+    "interconnect_bytes_per_s", "devices_per_chip", "jax_kinds",
 )
+_ROWS = (
+    ("v5e",   197e12,  16 * _GIB,  819e9, 15.75e9, "assumed", 200e9, 1, ("TPU v5 lite", "TPU v5e")),
+    ("v5p",   459e12,  95 * _GIB, 2765e9, 15.75e9, "assumed", 600e9, 1, ("TPU v5", "TPU v5p")),
+    ("v6e",   918e12,  32 * _GIB, 1638e9, 31.5e9,  "assumed", 400e9, 1, ("TPU v6 lite", "TPU v6e")),
+    ("7x",   2307e12, 192 * _GIB, 7380e9, 63e9,    "assumed", 600e9, 2, ("TPU7x",)),
+    ("A100",  312e12,  80e9, 2039e9, 31.5e9, "datasheet", 300e9, 1,
+     ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
+    ("H100",  989e12,  80e9, 3350e9, 63e9,   "datasheet", 450e9, 1, ("NVIDIA H100 80GB HBM3",)),
+    ("H200",  989e12, 141e9, 4800e9, 63e9,   "datasheet", 450e9, 1, ("NVIDIA H200",)),
+    # No NVLink: PCIe is the interconnect too.
+    ("RTX4090", 165e12, 24e9, 1008e9, 31.5e9, "datasheet", 31.5e9, 1,
+     ("NVIDIA GeForce RTX 4090",)),
+)
+# fmt: on
+_CHIPS = tuple(Chip(**dict[str, Any](zip(_COLUMNS, row, strict=True))) for row in _ROWS)
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _CHIPS}
 
 
