@@ -28,8 +28,9 @@ from moejax.offload.slots import write_row
 from moejax.offload.stage import OffloadConfig
 from moejax.offload.store import EXPERT_SPEC, expert_bytes
 from moejax.routing.config import RouterConfig
-from moejax.serving.engine import AXIS, make_programs, split_experts
+from moejax.serving.engine import split_experts
 from moejax.serving.prediction import next_gate
+from moejax.serving.programs import AXIS, make_programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

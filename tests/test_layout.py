@@ -20,6 +20,7 @@ COVERED_ELSEWHERE = {
     "kernels/permute/reference.py": "the oracle of kernels/permute/test_gather.py",
     "offload/waves.py": "offload/test_stage.py: more wanted experts than slots",
     "predictors/mlp.py": "predictors/test_history.py and predictors/test_residual.py: their net",
+    "serving/programs.py": "serving/test_engine.py: every program that an engine runs",
     "serving/prediction.py": "serving/test_engine.py: every kind of prediction",
     "simulator/recorded.py": "simulator/test_replay.py: recorded runs beside ours",
     "simulator/reference.py": "the oracle of simulator/test_replay.py",

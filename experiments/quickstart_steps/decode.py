@@ -14,6 +14,7 @@ import dataclasses
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,7 @@ def compile_all(engines: dict[str, Engine], heldout: Split, cfg: DecodeConfig, p
     lowered = []
     for batch in cfg.batch_sizes:
         tokens, mask = make_prompts(heldout, batch, cfg)
-        prefills = {}
+        prefills: dict[Any, tuple] = {}
         for e in engines.values():
             session = e.start(batch)
             prefills[e.programs.prefill] = (e.params, e.experts, session, tokens, mask)

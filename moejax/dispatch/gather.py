@@ -33,9 +33,9 @@ def gather(
     For use inside `shard_map` with tokens and experts sharded over `axis`. `inner` sees all R * T
     tokens with rank-local expert ids, `num_experts / R` of them. Returns combined rows [T, D],
     because partial sums cost K times less on the wire than outputs kept apart; the order of
-    summation differs from one device's. Counts are summed over `token_axes`, all mesh axes that tokens
-    are sharded over. Cost: an all-gather of R * T * (D + 2 K) words and a
-    reduce-scatter of R * T * D float32.
+    summation differs from one device's. Counts are summed over `token_axes`, all mesh axes that
+    tokens are sharded over. Cost: an all-gather of R * T * (D + 2 K) words and a reduce-scatter of
+    R * T * D float32.
     """
 
     def stage(
@@ -45,7 +45,8 @@ def gather(
         with jax.named_scope("moe_dispatch"):
             x, routing = jax.tree.map(
                 lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True),
-                (x, dataclasses.replace(routing, router_logits=None)),
+                # Experts do not read logits: none travel.
+                (x, dataclasses.replace(routing, router_logits=routing.router_logits[:0])),
             )
             local = local_routing(routing, axis, num_local)
         outputs, state, counts = inner(x, local, weights, layer, state)

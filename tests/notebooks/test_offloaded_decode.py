@@ -17,7 +17,7 @@ from moejax.aot.compile import abstract, compile_for
 from moejax.aot.targets import target_mesh
 from moejax.core.memory import device_sharding, host_sharding
 from moejax.offload.store import EXPERT_SPEC
-from moejax.serving.engine import AXIS
+from moejax.serving.programs import AXIS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 NOTEBOOK = ROOT / "notebooks" / "offloaded_decode.ipynb"
