@@ -9,15 +9,19 @@ Axis letters:
     T  tokens of this rank    R  ranks on the axis    K  experts per token    D  model dim
 """
 
-import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moejax.core.structs import Routing
-from moejax.experts.combine import combine
-from moejax.experts.shard import local_routing
+from moejax.dispatch.ranks import (
+    Axis,
+    combined,
+    experts_per_rank,
+    own_choices,
+    total_counts,
+    without_logits,
+)
 from moejax.experts.stage import Stage, StageCounts, resident
 
 
@@ -25,7 +29,7 @@ def gather(
     inner: Stage = resident,
     *,
     num_experts: int,
-    axis: str = "expert",
+    axis: Axis = "expert",
     token_axes: tuple[str, ...] = ("expert",),
 ) -> Stage:
     """The stage that runs `inner` on the tokens of all ranks of the mesh axis `axis`.
@@ -41,20 +45,18 @@ def gather(
     def stage(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
     ) -> tuple[jax.Array, Any, StageCounts]:
-        num_local = num_experts // jax.lax.axis_size(axis)
+        num_local = experts_per_rank(num_experts, axis)
         with jax.named_scope("moe_dispatch"):
             x, routing = jax.tree.map(
                 lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True),
-                # Experts do not read logits: none travel.
-                (x, dataclasses.replace(routing, router_logits=routing.router_logits[:0])),
+                (x, without_logits(routing)),
             )
-            local = local_routing(routing, axis, num_local)
+            width = min(routing.topk_idx.shape[1], num_local)
+            local, _ = own_choices(routing, axis, num_local, width=width)
         outputs, state, counts = inner(x, local, weights, layer, state)
         with jax.named_scope("moe_combine"):
-            partial = combine(outputs.astype(jnp.float32), routing.topk_weights)
+            partial = combined(outputs, local.topk_weights)
             y = jax.lax.psum_scatter(partial, axis, scatter_dimension=0, tiled=True)
-        waves = jax.lax.pmax(counts.waves, token_axes)
-        counts = dataclasses.replace(jax.lax.psum(counts, token_axes), waves=waves)
-        return y.astype(x.dtype), state, counts
+        return y.astype(x.dtype), state, total_counts(counts, token_axes)
 
     return stage

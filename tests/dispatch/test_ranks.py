@@ -1,0 +1,39 @@
+"""The choices that a rank serves, moved to the front."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moejax.core.mesh import make_mesh
+from moejax.core.structs import Routing
+from moejax.dispatch.ranks import own_choices
+
+
+@pytest.mark.parametrize("width, lost", [(3, 0), (2, 1), (4, 0)])
+def test_own_choices(width, lost):
+    routing = Routing(
+        topk_idx=jnp.array([[7, 0, 6, 4], [1, 2, 3, 8], [8, 8, 8, 8]]),
+        topk_weights=jnp.arange(12.0).reshape(3, 4),
+        router_logits=jnp.zeros((3, 8)),
+    )
+
+    def body(routing):
+        local, count = own_choices(routing, "expert", 4, width=width)
+        return (local.topk_idx[None], local.topk_weights[None], count[None])
+
+    mesh = make_mesh(expert=2)
+    run = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P("expert"))
+    idx, weights, count = jax.jit(run)(routing)
+    for rank in range(2):
+        for t, row in enumerate(np.asarray(routing.topk_idx)):
+            own = [(e - 4 * rank, 4 * t + k) for k, e in enumerate(row) if e // 4 == rank]
+            got = [
+                (e, w)
+                for e, w in zip(idx[rank, t].tolist(), weights[rank, t].tolist(), strict=True)
+                if e < 4
+            ]
+            assert got == own[:width]
+    assert count.tolist() == [lost, lost]
+    assert idx.shape == (2, 3, width)
