@@ -13,7 +13,7 @@ import dataclasses
 from moejax.data.text import TextConfig
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import DecoderConfig, moe_decoder
-from moejax.predictors.config import PredictConfig
+from moejax.predictors.config import FitConfig, PredictConfig
 from moejax.routing.config import RouterConfig
 from moejax.serving.config import DecodeConfig
 from moejax.training.config import TrainConfig
@@ -29,6 +29,7 @@ class ModelConfig:
     num_experts: int = 32
     top_k: int = 4
     num_heads: int = 2  # two of 64 cost less than four of 32: softmax dominates on CPU
+    num_kv_heads: int = 2
     head_dim: int = 64
 
     def decoder(self) -> DecoderConfig:
@@ -39,7 +40,7 @@ class ModelConfig:
             d_model=self.d_model,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             moe=MoEConfig(d_ff=self.d_ff, router=router),
             embed_scale=self.d_model**0.5,
@@ -57,10 +58,10 @@ class QuickstartConfig:
 
     data: TextConfig = TextConfig()
     model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig(horizon_secs=170.0, checkpoint_secs=30.0)
-    eval_bytes: int = 128 * 1024
+    train: TrainConfig = TrainConfig(horizon_secs=195.0, checkpoint_secs=60.0)
+    eval_bytes: int = 64 * 1024
     eval_batch_size: int = 16
-    predict: PredictConfig = PredictConfig()
+    predict: PredictConfig = PredictConfig(fit=FitConfig(horizon_secs=5.0))
     decode: DecodeConfig = DecodeConfig()
 
 

@@ -11,34 +11,22 @@ moment of the machine hits all of them.
 """
 
 import dataclasses
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
 from experiments.measure import host_fetch_bytes_per_s, stream_read_bytes_per_s
-from moejax.core.errors import check
+from experiments.quickstart_steps.engines import make_prompts
 from moejax.core.memory import nbytes
 from moejax.costmodel.limits import limit_report
 from moejax.data.text import Split
 from moejax.kernels.grouped_ffn import GatedWeights
-from moejax.models.config import DecoderConfig
-from moejax.models.decoder import DecoderParams
-from moejax.offload.budget import Footprint, parse_budget, solve_slots
-from moejax.offload.stage import OffloadConfig
-from moejax.offload.store import expert_bytes, to_device
-from moejax.predictors.residual import ResidualParams
-from moejax.serving import prediction
+from moejax.offload.store import expert_bytes
 from moejax.serving.config import DecodeConfig
-from moejax.serving.engine import Engine, make_engine, split_experts
-
-MODES = ("resident", "on_demand", "cache", "next_gate", "learned")
+from moejax.serving.engine import Engine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,125 +54,11 @@ class ModeResult:
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "tokens"}
 
 
-def make_prompts(heldout: Split, batch: int, cfg: DecodeConfig) -> tuple[jax.Array, jax.Array]:
-    """Right-padded prompts int32 [B, S] from the starts of held-out files, and their mask."""
-    rng = np.random.default_rng(cfg.seed)
-    spans = [span for span in heldout.spans if span.stop - span.start > cfg.prompt_bytes]
-    check(len(spans) > 0, f"no held-out file is longer than prompt_bytes={cfg.prompt_bytes}")
-    length = cfg.prompt_bytes
-    tokens, mask = np.zeros((batch, length), np.int32), np.zeros((batch, length), bool)
-    for row in range(batch):
-        span = spans[rng.integers(len(spans))]
-        n = length if row == 0 else int(rng.integers(length // 2, length + 1))
-        start = int(rng.integers(span.start, span.stop - n))
-        tokens[row, :n], mask[row, :n] = heldout.data[start : start + n], True
-    return jnp.asarray(tokens), jnp.asarray(mask)
-
-
-def kv_capacity(cfg: DecodeConfig) -> int:
-    """Positions that a session holds: the longest prompt and all that follows it."""
-    return cfg.prompt_bytes + max(*cfg.new_tokens, cfg.sample_bytes) + 1
-
-
-def plan_modes(
-    dense: DecoderParams, host: GatedWeights, model: DecoderConfig, cfg: DecodeConfig
-) -> dict[str, OffloadConfig | None]:
-    """What the budget gives to every mode, None for all experts; the weights may be abstract.
-
-    Raises `InputError` that says the smallest budget when a mode does not fit.
-    """
-    budget = parse_budget(cfg.device_budget)
-    plans: dict[str, OffloadConfig | None] = {
-        "resident": None,
-        "on_demand": OffloadConfig(num_slots=1, quota="shared"),
-    }
-    for mode in reversed(MODES[2:]):  # the one that wants most refuses first
-        lanes = 0 if mode == "cache" else cfg.prefetch_lanes
-        footprint = footprint_of(dense, host, model, cfg, lanes)
-        num_slots = solve_slots(budget, footprint, min_slots=model.num_moe_layers)
-        plans[mode] = OffloadConfig(num_slots=num_slots, policy=cfg.policy, prefetch_lanes=lanes)
-    return {mode: plans[mode] for mode in MODES}
-
-
-def make_engines(
-    params: DecoderParams,
-    model: DecoderConfig,
-    learned: ResidualParams,
-    mesh: jax.sharding.Mesh,
-    cfg: DecodeConfig,
-) -> tuple[dict[str, Engine], dict[str, int]]:
-    """An engine per mode, over one host store, and the slots that the budget gave each."""
-    dense, host = split_experts(params, model)
-    predictions = {
-        "next_gate": prediction.next_gate(dense, model),
-        "learned": prediction.residual(learned, dense, model),
-    }
-    engines, slots = {}, {}
-    for mode, offload in plan_modes(dense, host, model, cfg).items():
-        everything = model.num_moe_layers * model.moe.router.num_experts
-        slots[mode] = offload.num_slots if offload else everything
-        engines[mode] = make_engine(
-            dense,
-            host if offload else to_device(host, mesh),
-            model,
-            mesh,
-            capacity=kv_capacity(cfg),
-            offload=offload,
-            prediction=predictions.get(mode),
-        )
-    return engines, slots
-
-
-def footprint_of(
-    dense: DecoderParams,
-    host: GatedWeights,
-    model: DecoderConfig,
-    cfg: DecodeConfig,
-    lanes: int,
-) -> Footprint:
-    """Device bytes besides slots, at the largest batch of the comparison."""
-    batch, attention = max(cfg.batch_sizes), model.attention
-    width = attention.num_kv_heads * attention.head_dim
-    item = model.jnp_dtype.itemsize
-    assignments = batch * cfg.prompt_bytes * model.moe.router.top_k
-    return Footprint(
-        dense_bytes=nbytes(dense),
-        kv_bytes=2 * model.num_layers * batch * kv_capacity(cfg) * width * item,
-        # Sorted rows in and out of the experts, and the logits.
-        workspace_bytes=4 * assignments * model.d_model * 4
-        + batch * cfg.prompt_bytes * model.vocab_size * 4,
-        expert_bytes=expert_bytes(host),
-        num_layers=model.num_moe_layers,
-        num_experts=model.moe.router.num_experts,
-        landing_experts=lanes + 1,
-    )
-
-
 def measure_bandwidths(host: GatedWeights) -> Bandwidths:
     """Streaming reads of device memory, and compiled fetches from the host store."""
     return Bandwidths(
         device_read=stream_read_bytes_per_s(), host_fetch=host_fetch_bytes_per_s(host)
     )
-
-
-def compile_all(engines: dict[str, Engine], heldout: Split, cfg: DecodeConfig, progress: Progress):
-    """Compiles every program of every mode for every batch size, as many at once as cores.
-
-    A compilation keeps one core busy. Calls find the programs compiled.
-    """
-    lowered = []
-    for batch in cfg.batch_sizes:
-        tokens, mask = make_prompts(heldout, batch, cfg)
-        prefills: dict[Any, tuple] = {}
-        for e in engines.values():
-            session = e.start(batch)
-            prefills[e.programs.prefill] = (e.params, e.experts, session, tokens, mask)
-            lowered.append(e.programs.step.lower(e.params, e.experts, e.predictor, session))
-        lowered += [prefill.lower(*arguments) for prefill, arguments in prefills.items()]
-    task = progress.add_task("compile", total=len(lowered))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda program: program.compile(), lowered):
-            progress.advance(task)
 
 
 class _Run:
@@ -263,9 +137,13 @@ def check_identical(results: dict[str, ModeResult]) -> bool:
 
 
 def sample_text(engine: Engine, heldout: Split, cfg: DecodeConfig) -> tuple[str, str]:
-    """A prompt from a held-out file and what the model writes after it."""
-    tokens, mask = make_prompts(heldout, 1, cfg)
-    session = engine.start(1, seed=cfg.seed, temperature=cfg.temperature)
+    """A prompt from a held-out file and what the model writes after it.
+
+    `engine` is compiled for the smallest batch.
+    """
+    batch = min(cfg.batch_sizes)
+    tokens, mask = make_prompts(heldout, batch, cfg)
+    session = engine.start(batch, seed=cfg.seed, temperature=cfg.temperature)
     session, token, _ = engine.prefill(session, tokens, mask)
     written = [token]
     for _ in range(cfg.sample_bytes - 1):

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from experiments.quickstart_steps.decode import make_prompts, plan_modes
+from experiments.quickstart_steps.engines import make_prompts, plan_modes
 from experiments.quickstart_steps.predict import fit_windows, heldout_windows
 from moejax.core.errors import check
 from moejax.data.text import Corpus
