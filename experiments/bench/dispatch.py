@@ -1,0 +1,204 @@
+"""What each dispatch strategy costs on 8 CPU devices: time, rows, bytes on the wire, drops.
+
+    python -m experiments.bench.dispatch --json=results/dispatch.json
+
+One MoE layer forward, experts over 8 ranks, uniform routing, equal total work in every arm. `local`
+is the same layer on one device. CPU devices share the cores and a memory: the times say what a
+strategy computes beside the experts, the rows and bytes what it would ask of a network.
+
+`incidence_rows` counts pairs of a token and a group that holds one of its experts, from the choices
+alone; `valid_rows` what was really sent, `wire_bytes` what the compiled program moves, padding
+included, per mesh axis: a message is charged to the outermost axis that it crosses.
+"""
+
+import os
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from experiments import cli
+from experiments.bench.timing import interleave, summary
+from moejax.aot.hlo import parse_hlo
+from moejax.collectives.inspect import inspect_collectives
+from moejax.core.errors import check
+from moejax.core.mesh import make_mesh
+from moejax.core.structs import Routing
+from moejax.dispatch.api import make_dispatch
+from moejax.dispatch.grouped import balanced_choice
+from moejax.dispatch.hierarchical import send
+from moejax.dispatch.ranks import combined
+from moejax.dispatch.slots import FITS_ALL, Capacity
+from moejax.experts.gated import init_experts
+from moejax.experts.stage import resident
+
+TOKENS = flags.DEFINE_integer("tokens", 2048, "tokens of all ranks", lower_bound=8)
+ROUNDS = flags.DEFINE_integer("rounds", 10, "interleaved calls per arm", lower_bound=3)
+EXPERTS, TOP_K, MODEL_DIM, HIDDEN_DIM = 64, 8, 256, 128
+AXES = ("data", "expert")
+NODES, CHIPS = 2, 4
+ROOM = Capacity(factor=1.25)
+
+
+def strategies() -> dict[str, dict[str, Any]]:
+    """Arguments of `make_dispatch` for every arm; experts lie over both axes."""
+    flat = {"axis": AXES}
+    levels = {"levels": AXES, "capacity": ROOM}
+    return {
+        "gather": {"name": "gather", **flat},
+        "all_to_all": {"name": "all_to_all", **flat, "capacity": ROOM, "per": "rank"},
+        "all_to_all_shifted": {
+            "name": "all_to_all",
+            **flat,
+            "capacity": ROOM,
+            "per": "rank",
+            "lowering": "shifted",
+        },
+        "flat_deduplicated": {"name": "hierarchical", "levels": (AXES,), "capacity": ROOM},
+        "hierarchical": {"name": "hierarchical", **levels},
+        "pipelined": {"name": "hierarchical", **levels, "num_chunks": 2},
+        "dropless": {"name": "hierarchical", **levels, "fall_back": True},
+        "ragged_emulated": {"name": "ragged", **flat, "capacity": ROOM},
+        "grouped": {"name": "grouped", **flat, "gate": "balanced_groups", "num_groups": 8},
+        "materialize": {"name": "materialize", **flat, "num_copies": EXPERTS},
+    }
+
+
+def make_inputs(num_tokens: int) -> tuple[tuple, tuple]:
+    """(x, topk_idx, topk_weights, experts) with uniform choices, and with balanced ones."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    experts = init_experts(
+        keys[0], (EXPERTS,), MODEL_DIM, HIDDEN_DIM, out_scale=1.0, dtype=jnp.float32
+    )
+    x = jax.random.normal(keys[1], (num_tokens, MODEL_DIM))
+    scores = jax.random.uniform(keys[2], (num_tokens, EXPERTS))
+    weights = jnp.full((num_tokens, TOP_K), 1 / TOP_K)
+    uniform = jax.lax.top_k(scores, TOP_K)[1].astype(jnp.int32)
+    balanced = balanced_choice(scores, TOP_K, 8)
+    return (x, uniform, weights, experts), (x, balanced, weights, experts)
+
+
+def layer(stage, x, topk_idx, topk_weights, experts):
+    """y [T, D] and the count of drops."""
+    routing = Routing(
+        topk_idx=topk_idx, topk_weights=topk_weights, router_logits=jnp.zeros_like(topk_weights)
+    )
+    outputs, _, counts = stage(x, routing, experts, jnp.int32(0), None)
+    return combined(outputs, topk_weights), counts.assignments_dropped
+
+
+def sent_rows(mesh: Mesh, topk_idx: jax.Array, levels: tuple) -> list[int]:
+    """Rows that a hierarchical dispatch sends at each level, of all ranks."""
+
+    def body(idx):
+        ones = jnp.ones(idx.shape, jnp.float32)
+        routing = Routing(topk_idx=idx, topk_weights=ones, router_logits=ones)
+        _, _, sent = send(
+            ones,
+            routing,
+            num_experts=EXPERTS,
+            levels=levels,
+            capacities=(FITS_ALL,) * len(levels),
+        )
+        return jax.lax.psum(sent.rows, AXES)
+
+    run = jax.shard_map(body, mesh=mesh, in_specs=P(AXES), out_specs=P())
+    return jax.jit(run)(topk_idx).tolist()
+
+
+def incidences(topk_idx: np.ndarray, groups: int) -> int:
+    """Pairs of a token and one of `groups` groups of experts that it wants."""
+    wanted = (topk_idx // (EXPERTS // groups))[:, :, None] == np.arange(groups)
+    return int(wanted.any(1).sum())
+
+
+def compile_arm(arguments: dict[str, Any], mesh: Mesh, inputs: tuple) -> tuple:
+    """The compiled layer on placed inputs, and its bytes on the wire per mesh axis."""
+    stage = make_dispatch(num_experts=EXPERTS, token_axes=AXES, **arguments)
+    specs = (P(AXES),) * 4
+    body = jax.shard_map(partial(layer, stage), mesh=mesh, in_specs=specs, out_specs=(P(AXES), P()))
+    placed = jax.device_put(inputs, tuple(NamedSharding(mesh, spec) for spec in specs))
+    compiled = jax.jit(body).lower(*placed).compile()
+    traffic = inspect_collectives(parse_hlo(compiled.as_text() or ""), mesh).traffic
+    moved = dict.fromkeys(AXES, 0)
+    for (_, axis), part in traffic.items():
+        moved[axis] += part.nbytes
+    return partial(compiled, *placed), moved
+
+
+def check_values(name: str, run: Callable, want: jax.Array) -> int:
+    """Runs an arm once: equal to one device when nothing is dropped. Returns the drops."""
+    y, dropped = run()
+    error, scale = np.abs(np.asarray(y) - np.asarray(want)).max(), np.abs(np.asarray(want)).max()
+    if not dropped and error > 1e-5 * scale:
+        raise RuntimeError(f"{name} differs from local by {error}, values reach {scale}")
+    return int(dropped)
+
+
+def row_counts(mesh: Mesh, topk_idx: jax.Array) -> dict[str, Any]:
+    """Rows sent with room for all, and the incidences that they must equal."""
+    idx = np.asarray(topk_idx)
+    wanted = {
+        "flat_deduplicated": [incidences(idx, NODES * CHIPS)],
+        "hierarchical": [incidences(idx, NODES), incidences(idx, NODES * CHIPS)],
+    }
+    levels = {"flat_deduplicated": (AXES,), "hierarchical": AXES}
+    return {
+        "valid_rows": {name: sent_rows(mesh, topk_idx, levels[name]) for name in levels},
+        "incidence_rows": wanted,
+        "assignments": idx.size,
+    }
+
+
+def main() -> None:
+    cli.check_writable(cli.JSON.value)
+    ranks = NODES * CHIPS
+    check(
+        TOKENS.value % (2 * ranks) == 0,
+        f"--tokens={TOKENS.value} is not divisible by {2 * ranks} (2 chunks, {ranks} ranks)",
+    )
+    # Collectives block threads of the pool; with fewer of them than devices they wait forever.
+    os.environ.setdefault("NPROC", str(2 * ranks))
+    jax.config.update("jax_num_cpu_devices", ranks)
+    mesh = make_mesh(data=NODES, expert=CHIPS)
+    uniform, balanced = make_inputs(TOKENS.value)
+    local = jax.jit(partial(layer, resident))
+    arms: dict[str, Callable] = {"local": partial(local, *uniform)}
+    wire, drops = {}, {}
+    for name, arguments in strategies().items():
+        inputs = balanced if name == "grouped" else uniform
+        arms[name], wire[name] = compile_arm(arguments, mesh, inputs)
+        drops[name] = check_values(name, arms[name], local(*inputs)[0])
+    seconds = interleave(arms, rounds=ROUNDS.value)
+    ratios = {
+        name: statistics.median(t / b for t, b in zip(times, seconds["local"], strict=True))
+        for name, times in seconds.items()
+        if name != "local"
+    }
+    table = Table("strategy", "time / local", *(f"MiB over {a}" for a in AXES), "dropped")
+    for name, ratio in ratios.items():
+        moved = (f"{wire[name][axis] / 2**20:.2f}" for axis in AXES)
+        table.add_row(name, f"{ratio:.2f}", *moved, str(drops[name]))
+    Console().print(table)
+    figures = row_counts(mesh, uniform[1]) | {
+        "wire_bytes": wire,
+        "dropped": drops,
+        "time_ratio_vs_local": ratios,
+        "arms": {name: summary(times) for name, times in seconds.items()},
+        "tokens": TOKENS.value,
+        "row_bytes": 4 * MODEL_DIM,
+    }
+    cli.write_report("bench/dispatch", "simulated", figures)
+
+
+if __name__ == "__main__":
+    cli.run(main)
