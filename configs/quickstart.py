@@ -3,9 +3,9 @@
     ./scripts/quickstart.sh
     ./scripts/quickstart.sh --set train.horizon_secs=60 --set model.num_experts=64
 
-Expected of the training step in about 3.5 minutes on two quiet CPU cores: 10.5 million parameters,
-700 to 800 steps of 1024 bytes, held-out bits per byte 0.59 to 0.61 of the bigram's and 0.78 to 0.81
-of the trigram's (3.55 and 2.68 on 30 MB of standard library; 700 steps gave 2.18).
+Expected of the training step on two CPU cores: 10.5 million parameters, 500 to 600 steps of 1024
+bytes, held-out bits per byte 0.63 to 0.65 of the bigram's, below the trigram's (3.54 and 2.67 on 30
+MB of standard library; 700 steps gave 0.61).
 """
 
 import dataclasses
