@@ -29,7 +29,6 @@ class ModelConfig:
     num_experts: int = 32
     top_k: int = 4
     num_heads: int = 2  # two of 64 cost less than four of 32: softmax dominates on CPU
-    num_kv_heads: int = 2
     head_dim: int = 64
 
     def decoder(self) -> DecoderConfig:
@@ -40,7 +39,7 @@ class ModelConfig:
             d_model=self.d_model,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
+            num_kv_heads=self.num_heads,
             head_dim=self.head_dim,
             moe=MoEConfig(d_ff=self.d_ff, router=router),
             embed_scale=self.d_model**0.5,

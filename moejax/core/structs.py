@@ -38,7 +38,7 @@ class MoEMetrics:
     hits: jax.Array  # int32 [], wanted experts that needed no demand fetch
     demand_fetches: jax.Array  # int32 [], experts fetched because they were missing
     prefetches: jax.Array  # int32 [], experts fetched for this layer ahead of time
-    prefetches_wasted: jax.Array  # int32 [], of those, the ones this layer did not want
+    prefetches_wasted: jax.Array  # int32 [], of those, the ones this layer did not use
     waves: jax.Array  # int32 [], rounds of fetch and compute of the slowest rank
 
 

@@ -22,11 +22,11 @@ from moejax.dispatch.exchange import Lowering, check_lowering, exchange
 from moejax.dispatch.ranks import (
     Axis,
     experts_per_rank,
-    first_expert,
     local_choices,
     total_counts,
 )
 from moejax.dispatch.slots import QUARTER_MORE, Capacity, assign_slots, pack, spread
+from moejax.experts.shard import first_expert
 from moejax.experts.stage import Stage, StageCounts, resident
 
 Per = Literal["expert", "rank"]

@@ -24,10 +24,10 @@ from moejax.dispatch.ranks import (
     Axis,
     combined,
     experts_per_rank,
-    first_expert,
     local_choices,
     total_counts,
 )
+from moejax.experts.shard import first_expert
 from moejax.experts.stage import Stage, StageCounts, resident
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.routing.losses import expert_load

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from moejax.core.errors import check
 from moejax.core.structs import Routing
 from moejax.experts.combine import combine
+from moejax.experts.shard import first_expert
 from moejax.experts.stage import StageCounts
 
 Axis: TypeAlias = str | tuple[str, ...]
@@ -21,11 +22,6 @@ Axis: TypeAlias = str | tuple[str, ...]
 def axis_names(axis: Axis) -> tuple[str, ...]:
     """One or several names, as a tuple."""
     return (axis,) if isinstance(axis, str) else axis
-
-
-def first_expert(axis: Axis, num_local: int) -> jax.Array:
-    """int32 []: global id of this rank's first expert; ranks hold contiguous ranges."""
-    return jax.lax.axis_index(axis) * num_local
 
 
 def experts_per_rank(num_experts: int, axis: Axis) -> int:

@@ -19,7 +19,7 @@ from moejax.core.structs import Routing
 Tree = TypeVar("Tree")
 
 
-def first_expert(axis: str | None, num_local: int) -> jax.Array:
+def first_expert(axis: str | tuple[str, ...] | None, num_local: int) -> jax.Array:
     """int32 []: global id of this rank's first expert; ranks hold contiguous ranges."""
     return jnp.int32(0) if axis is None else jax.lax.axis_index(axis) * num_local
 

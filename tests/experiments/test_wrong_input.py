@@ -172,12 +172,19 @@ MOE_LAYER = [
     case("unknown side", "--worker=torch", "--worker=torch", "moejax"),
     case("json is a device", "--json=/dev/full", "/dev/full: it is not a regular file"),
 ]
+DISPATCH = [
+    case("tokens do not divide", "--tokens=1001", "1001"),
+    case("too few tokens", "--tokens=4", "--tokens=4: 4 is not integer >= 8"),
+    case("too few rounds", "--rounds=1", "--rounds=1: 1 is not integer >= 3"),
+    case("json is a folder", "--json={out}", "cannot write {out}: it is a folder"),
+]
 PROGRAMS = {
     "experiments.quickstart": QUICKSTART,
     "experiments.replay_trace": REPLAY,
     "experiments.aot_report": AOT,
     "experiments.bench.offloaded_step": OFFLOADED_STEP,
     "experiments.bench.moe_layer": MOE_LAYER,
+    "experiments.bench.dispatch": DISPATCH,
 }
 
 
