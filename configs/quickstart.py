@@ -57,7 +57,7 @@ class QuickstartConfig:
 
     data: TextConfig = TextConfig()
     model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig(horizon_secs=188.0, checkpoint_secs=60.0)
+    train: TrainConfig = TrainConfig(horizon_secs=198.0, checkpoint_secs=60.0)
     eval_bytes: int = 64 * 1024
     eval_batch_size: int = 16
     predict: PredictConfig = PredictConfig(fit=FitConfig(horizon_secs=4.0))
