@@ -67,13 +67,22 @@ def use_cpu_cores(limit: int) -> None:
 
     XLA:CPU runs a small product on one core, so one device leaves the others idle.
     """
+    use_cpu_devices(min(limit, cpu_cores()))
+
+
+def use_cpu_devices(devices: int) -> None:
+    """Makes so many CPU devices; call before anything asks for devices."""
     import jax
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = min(limit, cores or 1)
     # Collectives block pool threads; with a thread per core they can wait for each other forever.
-    os.environ.setdefault("NPROC", str(2 * max(devices, cores or 1)))
+    os.environ.setdefault("NPROC", str(2 * max(devices, cpu_cores())))
     jax.config.update("jax_num_cpu_devices", devices)
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores or 1
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -159,8 +168,7 @@ def _device() -> str:
     import jax
 
     device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = f"{device.device_kind} ({platform.machine()}, {cores} cores)"
+    kind = f"{device.device_kind} ({platform.machine()}, {cpu_cores()} cores)"
     return kind if device.platform == "cpu" else device.device_kind
 
 

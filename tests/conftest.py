@@ -5,7 +5,7 @@ import os
 # Eight host devices on two cores can deadlock in collectives unless the thread pool is larger.
 os.environ.setdefault("NPROC", "16")
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and run little. The quickstart compares bits at the default level.
+# Tests compile much and run little.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import jax  # noqa: E402

@@ -11,7 +11,6 @@ alone; `valid_rows` what was really sent, `wire_bytes` what the compiled program
 included, per mesh axis: a message is charged to the outermost axis that it crosses.
 """
 
-import os
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
-from experiments.bench.timing import interleave, summary
+from experiments.bench.timing import ROUNDS, interleave, summary
 from moejax.aot.hlo import parse_hlo
 from moejax.collectives.inspect import inspect_collectives
 from moejax.core.errors import check
@@ -42,7 +41,6 @@ from moejax.experts.gated import init_experts
 from moejax.experts.stage import resident
 
 TOKENS = flags.DEFINE_integer("tokens", 2048, "tokens of all ranks", lower_bound=8)
-ROUNDS = flags.DEFINE_integer("rounds", 10, "interleaved calls per arm", lower_bound=3)
 EXPERTS, TOP_K, MODEL_DIM, HIDDEN_DIM = 64, 8, 256, 128
 AXES = ("data", "expert")
 NODES, CHIPS = 2, 4
@@ -166,9 +164,7 @@ def main() -> None:
         TOKENS.value % (2 * ranks) == 0,
         f"--tokens={TOKENS.value} is not divisible by {2 * ranks} (2 chunks, {ranks} ranks)",
     )
-    # Collectives block threads of the pool; with fewer of them than devices they wait forever.
-    os.environ.setdefault("NPROC", str(2 * ranks))
-    jax.config.update("jax_num_cpu_devices", ranks)
+    cli.use_cpu_devices(ranks)
     mesh = make_mesh(data=NODES, expert=CHIPS)
     uniform, balanced = make_inputs(TOKENS.value)
     local = jax.jit(partial(layer, resident))
@@ -197,7 +193,7 @@ def main() -> None:
         "tokens": TOKENS.value,
         "row_bytes": 4 * MODEL_DIM,
     }
-    cli.write_report("bench/dispatch", "simulated", figures)
+    cli.write_report("bench/dispatch", "time", figures)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from configs.shapes import get_shape
 from experiments import cli
-from experiments.bench.timing import interleave, summary
+from experiments.bench.timing import ROUNDS, interleave, summary
 from experiments.measure import stream_read_bytes_per_s
 from moejax.core.errors import check
 from moejax.core.memory import nbytes
@@ -33,7 +33,6 @@ from moejax.serving.engine import Engine, make_engine, split_experts
 
 SHAPE = flags.DEFINE_string("shape", "olmoe-400m", "named shape, see configs/shapes.py")
 BATCH = flags.DEFINE_list("batch", ["1", "8"], "batch sizes")
-ROUNDS = flags.DEFINE_integer("rounds", 20, "interleaved steps per arm", lower_bound=3)
 BAR = 1.15
 
 

@@ -5,7 +5,10 @@ import time
 from collections.abc import Callable, Mapping
 
 import jax
+from absl import flags
 from rich.progress import track
+
+ROUNDS = flags.DEFINE_integer("rounds", 20, "interleaved calls per arm", lower_bound=3)
 
 
 def interleave(

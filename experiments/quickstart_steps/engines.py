@@ -5,7 +5,6 @@ Axis letters:
 """
 
 import dataclasses
-import os
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 
+from experiments import cli
 from moejax.core.errors import check
 from moejax.core.memory import nbytes
 from moejax.data.text import Split
@@ -133,7 +133,7 @@ def compile_all(
     As many compile at once as there are cores.
     """
     jobs: dict[tuple[int, Any], Future] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cli.cpu_cores()) as pool:
 
         def compile_soon(batch: int, name: str, program: Any, *arguments: Any) -> None:
             # Tracing holds the interpreter, compiling does not: the next is traced meanwhile.
@@ -169,7 +169,7 @@ def compile_all(
 
 
 def _options(program: str) -> dict[str, Any] | None:
-    """XLA options of a program; measured: half the time to compile, the step as fast as ever."""
+    """XLA options of a program; why these, and what they save: `docs/log.md`."""
     if jax.default_backend() != "cpu":
         return None
     # A prompt runs once: not worth optimising at all.

@@ -46,8 +46,8 @@ def run_training(
 ) -> Trained:
     """Trains on all devices, or resumes from `workdir`/checkpoints, complete on return.
 
-    The state that is returned lies on the first device. `corpus` is that of `cfg.data` when it is
-    already loaded.
+    The parameters that are returned lie on the first device. `corpus` is that of `cfg.data` when
+    it is already loaded.
     """
     model = cfg.model.decoder()
     for name in ("eval_bytes", "eval_batch_size"):
@@ -63,8 +63,8 @@ def run_training(
         mesh=training_mesh(model, cfg.train),
         show_progress=show_progress,
     )
-    state = jax.device_put(result.state, jax.devices()[0])
-    result = dataclasses.replace(result, state=state)
+    params = jax.device_put(result.state.params, jax.devices()[0])
+    result = dataclasses.replace(result, state=dataclasses.replace(result.state, params=params))
     bits, expert_load, scored = score(cfg, corpus, result.state.params, model)
     return Trained(
         corpus=corpus,

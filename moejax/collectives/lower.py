@@ -23,6 +23,7 @@ from jax import lax
 from moejax.collectives.check import simulate
 from moejax.collectives.schedule import Schedule
 from moejax.core.errors import check
+from moejax.kernels.vma import vary_over
 
 Transform = Callable[[int, Any], Any]
 Hook = Callable[[int, Any, Any], Any]
@@ -58,7 +59,7 @@ def run_schedule(
     """
     plan = _plan(schedule)
     _check_fits(schedule, x)
-    x = jax.tree.map(lambda leaf: _vary(leaf, schedule.axes), x)
+    x = vary_over(schedule.axes, x)
     rank = lax.axis_index(schedule.axes)
     values = _split(_take(x, plan.order, rank), len(schedule.start[0]))
     for index, messages in enumerate(plan.steps):
@@ -226,11 +227,6 @@ def _split(tree: Any, rows: int) -> list[Any]:
     leaves, treedef = jax.tree.flatten(tree)
     parts = zip(*(lax.split(leaf, (1,) * rows, axis=0) for leaf in leaves), strict=True)
     return [treedef.unflatten(part) for part in parts]
-
-
-def _vary(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    missing = tuple(axis for axis in axes if axis not in jax.typeof(leaf).manual_axis_type.varying)
-    return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
 
 def _check_fits(schedule: Schedule, x: Any) -> None:

@@ -1,7 +1,7 @@
 """One all-to-all, in the lowerings that a backend may prefer.
 
 `native` is the compiler's own. `shifted` is R - 1 permutes that wait for nothing but their data
-(`moejax.collectives`), which XLA overlaps with computation on every backend without a flag.
+(`moejax.collectives`).
 
 Axis letters:
     R  ranks on the axis

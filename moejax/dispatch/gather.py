@@ -3,12 +3,13 @@
     all-gather tokens and choices ─► local experts ─► weighted sum ─► reduce-scatter
 
 Two collectives of static shape, no capacity, nothing dropped; the default where a fast all-gather
-beats a ragged all-to-all (`docs/dispatch.md`).
+beats a ragged all-to-all, as between GPUs of one node.
 
 Axis letters:
     T  tokens of this rank    R  ranks on the axis    K  experts per token    D  model dim
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,17 +47,43 @@ def gather(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
     ) -> tuple[jax.Array, Any, StageCounts]:
         num_local = experts_per_rank(num_experts, axis)
-        with jax.named_scope("moe_dispatch"):
-            x, routing = jax.tree.map(
-                lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True),
-                (x, without_logits(routing)),
-            )
-            width = min(routing.topk_idx.shape[1], num_local)
-            local, _ = own_choices(routing, axis, num_local, width=width)
-        outputs, state, counts = inner(x, local, weights, layer, state)
-        with jax.named_scope("moe_combine"):
-            partial = combined(outputs, local.topk_weights)
-            y = jax.lax.psum_scatter(partial, axis, scatter_dimension=0, tiled=True)
-        return y.astype(x.dtype), state, total_counts(counts, token_axes)
+        run = partial(
+            run_gathered,
+            inner,
+            num_local=num_local,
+            width=min(routing.topk_idx.shape[1], num_local),
+            axis=axis,
+            token_axes=token_axes,
+        )
+        return run(x, routing, weights, layer, state)
 
     return stage
+
+
+def run_gathered(
+    inner: Stage,
+    x: jax.Array,
+    routing: Routing,
+    weights: Any,
+    layer: jax.Array,
+    state: Any,
+    *,
+    num_local: int,
+    width: int,
+    axis: Axis,
+    token_axes: tuple[str, ...],
+) -> tuple[jax.Array, Any, StageCounts]:
+    """`inner` on the tokens of all ranks, with the `width` first choices that this rank serves.
+
+    What a token chose beyond `width` of the `num_local` experts here is dropped and counted.
+    """
+    with jax.named_scope("moe_dispatch"):
+        x, routing = jax.tree.map(
+            lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True), (x, without_logits(routing))
+        )
+        local, lost = own_choices(routing, axis, num_local, width=width)
+    outputs, state, counts = inner(x, local, weights, layer, state)
+    with jax.named_scope("moe_combine"):
+        y = combined(outputs, local.topk_weights)
+        y = jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
+    return y.astype(x.dtype), state, total_counts(counts, token_axes, dropped=lost)

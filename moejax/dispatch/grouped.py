@@ -11,6 +11,7 @@ Axis letters:
     E  experts    D  model dim
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,14 +19,8 @@ import jax.numpy as jnp
 
 from moejax.core.errors import check
 from moejax.core.structs import Routing
-from moejax.dispatch.ranks import (
-    Axis,
-    combined,
-    experts_per_rank,
-    own_choices,
-    total_counts,
-    without_logits,
-)
+from moejax.dispatch.gather import run_gathered
+from moejax.dispatch.ranks import Axis, experts_per_rank
 from moejax.experts.stage import Stage, StageCounts, resident
 
 
@@ -56,17 +51,15 @@ def grouped(
         ranks, top_k = jax.lax.axis_size(axis), routing.topk_idx.shape[1]
         num_local = experts_per_rank(num_experts, axis)
         check_groups(num_groups, top_k, ranks)
-        with jax.named_scope("moe_dispatch"):
-            x, chosen = jax.tree.map(
-                lambda leaf: jax.lax.all_gather(leaf, axis, tiled=True),
-                (x, without_logits(routing)),
-            )
-            local, lost = own_choices(chosen, axis, num_local, width=top_k // ranks)
-        outputs, state, counts = inner(x, local, weights, layer, state)
-        with jax.named_scope("moe_combine"):
-            partial = combined(outputs, local.topk_weights)
-            y = jax.lax.psum_scatter(partial, axis, scatter_dimension=0, tiled=True)
-        return y.astype(x.dtype), state, total_counts(counts, token_axes, dropped=lost)
+        run = partial(
+            run_gathered,
+            inner,
+            num_local=num_local,
+            width=top_k // ranks,
+            axis=axis,
+            token_axes=token_axes,
+        )
+        return run(x, routing, weights, layer, state)
 
     return stage
 

@@ -2,7 +2,7 @@
 
 The pipelining degree of Tutel and FSMoE (arXiv 2501.10714, section 4), the nano-batches of NanoFlow
 (arXiv 2408.12757). The chunks are independent, so the compiler's scheduler is free to interleave
-them; `docs/dispatch.md` says what each backend needs to do so.
+them.
 
 Axis letters:
     T  tokens of this rank    K  experts per token    D  model dim

@@ -19,7 +19,7 @@ from moejax.experts.stage import Stage, resident
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.routing.config import RouterConfig
 from moejax.routing.gates import RouterParams, init_router, route
-from moejax.routing.losses import expert_load, load_balancing_loss, router_z_loss
+from moejax.routing.losses import load_balancing_loss, router_z_loss, routing_sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,11 +99,11 @@ def moe(
     if params.shared is not None:
         with jax.named_scope("moe_shared"):
             y = y + gated_mlp(params.shared, x)
-    e = cfg.router.num_experts
+    sums = routing_sums(routing, cfg.router, token_axes)
     metrics = MoEMetrics(
-        expert_load=expert_load(routing, e, token_axes),
-        load_balancing_loss=load_balancing_loss(routing, cfg.router, token_axes),
-        router_z_loss=router_z_loss(routing, e, token_axes),
+        expert_load=sums.load,
+        load_balancing_loss=load_balancing_loss(sums),
+        router_z_loss=router_z_loss(sums),
         **{f.name: getattr(counts, f.name) for f in dataclasses.fields(counts)},
     )
     return y, routing, stage_state, metrics

@@ -31,6 +31,7 @@ from moejax.offload.slots import (
     layer_slot_of,
     write_row,
 )
+from moejax.routing.losses import valid_tokens
 
 # (x [T, D], routing over all experts, layer, predictor state) -> (scores [T, E_all] of layer + 1,
 # predictor state). See `moejax.predictors`.
@@ -180,8 +181,7 @@ def look_ahead(
         return dataclasses.replace(landing, granule=nothing), predictor
     with jax.named_scope("offload_prefetch"):
         scores, predictor = how.scorer(x, routing, layer, predictor)
-        # Not column 0 alone: slicing it keeps XLA:CPU from compiling `top_k` as one op.
-        valid = jnp.all(routing.topk_idx < scores.shape[1], axis=1)
+        valid = valid_tokens(routing, scores.shape[1])
         votes = demand(scores, valid, routing.topk_idx.shape[1])
         start = first_expert(how.axis, how.num_experts)
         votes = jax.lax.dynamic_slice(votes, (start,), (how.num_experts,))

@@ -9,12 +9,17 @@ Axis letters:
     T  tokens    E  experts    K  experts per token
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from moejax.core.structs import Routing
 from moejax.routing.config import RouterConfig
 from moejax.routing.gates import scores
+
+T = TypeVar("T")
 
 
 def expert_load(routing: Routing, num_experts: int, axes: tuple[str, ...] = ()) -> jax.Array:
@@ -30,27 +35,47 @@ def valid_tokens(routing: Routing, num_experts: int) -> jax.Array:
     return jnp.all(routing.topk_idx < num_experts, axis=1)
 
 
-def load_balancing_loss(
-    routing: Routing, cfg: RouterConfig, axes: tuple[str, ...] = ()
-) -> jax.Array:
+@struct.dataclass(kw_only=True)
+class RoutingSums:
+    """What both losses are made of: sums over the valid tokens of all ranks."""
+
+    load: jax.Array  # int32 [E], assignments
+    tokens: jax.Array  # int32 []
+    share: jax.Array  # float32 [E], of each token's scores
+    squared_z: jax.Array  # float32 [], squared log-partition of the logits
+
+
+def routing_sums(routing: Routing, cfg: RouterConfig, axes: tuple[str, ...] = ()) -> RoutingSums:
+    """The sums of one layer's routing. Cost: with `axes`, one all-reduce of 2 E + 2 words."""
+    valid = valid_tokens(routing, cfg.num_experts)
+    share = scores(routing.router_logits, cfg)
+    if cfg.score == "sigmoid":
+        share = share / (share.sum(-1, keepdims=True) + 1e-20)
+    z = jax.nn.logsumexp(routing.router_logits, axis=-1)
+    sums = RoutingSums(
+        load=expert_load(routing, cfg.num_experts),
+        tokens=valid.sum(dtype=jnp.int32),
+        share=jnp.where(valid[:, None], share, 0.0).sum(0),
+        squared_z=jnp.where(valid, jnp.square(z), 0.0).sum(),
+    )
+    return _total(sums, axes)
+
+
+def load_balancing_loss(sums: RoutingSums) -> jax.Array:
     """`E * sum_e f_e p_e`, 1.0 when balanced (Switch, arXiv 2101.03961, eq. 4).
 
     f_e is the fraction of assignments that expert e received (no gradient), p_e its mean share of
     the scores over valid tokens.
     """
-    valid = valid_tokens(routing, cfg.num_experts)
-    share = scores(routing.router_logits, cfg)
-    if cfg.score == "sigmoid":
-        share = share / (share.sum(-1, keepdims=True) + 1e-20)
-    load = expert_load(routing, cfg.num_experts, axes).astype(jnp.float32)
-    fraction = jax.lax.stop_gradient(load / jnp.maximum(load.sum(), 1.0))
-    return cfg.num_experts * jnp.sum(fraction * _masked_mean(share, valid, axes))
+    load = sums.load.astype(jnp.float32)
+    fraction = load / jnp.maximum(load.sum(), 1.0)
+    mean_share = sums.share / jnp.maximum(sums.tokens, 1).astype(jnp.float32)
+    return load.shape[0] * jnp.sum(fraction * mean_share)
 
 
-def router_z_loss(routing: Routing, num_experts: int, axes: tuple[str, ...] = ()) -> jax.Array:
+def router_z_loss(sums: RoutingSums) -> jax.Array:
     """Mean squared log-partition of the logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    z = jax.nn.logsumexp(routing.router_logits, axis=-1)
-    return _masked_mean(jnp.square(z)[:, None], valid_tokens(routing, num_experts), axes)[0]
+    return sums.squared_z / jnp.maximum(sums.tokens, 1).astype(jnp.float32)
 
 
 def load_imbalance(load: jax.Array) -> jax.Array:
@@ -59,10 +84,5 @@ def load_imbalance(load: jax.Array) -> jax.Array:
     return load.max(-1) / jnp.maximum(load.mean(-1), 1e-9)
 
 
-def _masked_mean(x: jax.Array, valid: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    total = _total(jnp.where(valid[:, None], x, 0.0).sum(0), axes)
-    return total / jnp.maximum(_total(valid.sum(), axes), 1).astype(x.dtype)
-
-
-def _total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _total(x: T, axes: tuple[str, ...]) -> T:
     return jax.lax.psum(x, axes) if axes else x

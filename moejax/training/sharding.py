@@ -27,6 +27,7 @@ TOKEN_AXES = ("data", "expert")
 
 def check_mesh(mesh: Mesh, model: DecoderConfig, cfg: TrainConfig) -> None:
     """Raises `InputError` where experts or sequences do not divide over the mesh."""
+    check(mesh.shape["model"] == 1, f"training over model={mesh.shape['model']} is not supported")
     check_divisible(model.moe.router.num_experts, mesh)
     ranks = mesh.shape["data"] * mesh.shape["expert"]
     check(

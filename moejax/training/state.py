@@ -44,17 +44,21 @@ class StepMetrics:
 
 
 def init_state(model: DecoderConfig, cfg: TrainConfig, mesh: Mesh | None = None) -> TrainState:
-    """Random weights from `cfg.seed` and an empty optimizer; the same values on every mesh."""
+    """Random weights from `cfg.seed` and an empty optimizer; the same values on every mesh.
 
-    def init() -> TrainState:
-        # On CPU a threefry draw takes a second to compile and a decoder makes a dozen; rbg a fifth.
-        params = init_decoder(jax.random.key(cfg.seed, impl="rbg"), model)
-        opt_state = make_optimizer(cfg).init(params)  # pyrefly: ignore[bad-argument-type]
-        return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
-
-    # Drawn on one device: the bits of a sharded rbg draw depend on the mesh.
-    state = jax.jit(init)()
+    The whole state is made on one device, which must hold it, then spread over the mesh.
+    """
+    # The bits of a sharded rbg draw depend on the mesh.
+    state = _init_state(model, cfg)
     return state if mesh is None else jax.device_put(state, state_shardings(state, mesh))
+
+
+@partial(jax.jit, static_argnames=("model", "cfg"))
+def _init_state(model: DecoderConfig, cfg: TrainConfig) -> TrainState:
+    # On CPU a threefry draw takes a second to compile and a decoder makes a dozen; rbg a fifth.
+    params = init_decoder(jax.random.key(cfg.seed, impl="rbg"), model)
+    opt_state = make_optimizer(cfg).init(params)  # pyrefly: ignore[bad-argument-type]
+    return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
 
 
 @partial(jax.jit, static_argnames=("model", "cfg", "mesh"), donate_argnames="state")

@@ -22,6 +22,7 @@ from moejax.core.overlay import overlay
 
 ROOT = pathlib.Path(__file__).parents[2]
 TRACE = ROOT / "tests" / "data" / "traces" / "gptoss.route.csv"
+NEW_TOKENS = get_config().decode.new_tokens
 TINY = (
     "model.num_layers=2 model.d_model=16 model.d_ff=8 model.num_experts=16 model.top_k=2 "
     "model.num_heads=1 model.head_dim=8 train.horizon_steps=2 train.batch_size=1 train.seq_len=4 "
@@ -81,7 +82,7 @@ QUICKSTART = [
     sets("predict.window=9999 predict.heldout_tokens=9999", "window=9999 bytes; the longest has"),
     sets("predict.fit.hidden=0", "hidden=0 must be at least 1"),
     sets("decode.policy=fifo", "decode.policy wants Literal['lru', 'lfu', 'random'], got 'fifo'"),
-    sets("decode.batch_sizes=(4,)", "batch_sizes=(4,) and new_tokens=(192, 48) want one entry"),
+    sets("decode.batch_sizes=(4,)", f"batch_sizes=(4,) and new_tokens={NEW_TOKENS} want one entry"),
     sets("decode.prompt_bytes=99999", "no held-out file is longer than prompt_bytes=99999"),
     sets("decode.prefetch_lanes=40", "prefetch_lanes=40 exceeds num_experts=32"),
     sets("decode.device_budget=plenty", "'plenty' is not like 8GiB"),
