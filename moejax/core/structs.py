@@ -2,10 +2,12 @@
 
 Axis letters:
     T  tokens on this shard      K  experts per token      E  experts      L  MoE layers
+    P  physical slots, each holding one copy of an expert
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 
@@ -20,6 +22,38 @@ class Routing:
     topk_idx: jax.Array  # int32 [T, K]
     topk_weights: jax.Array  # float32 [T, K]
     router_logits: jax.Array  # float32 [T, E]
+
+
+@struct.dataclass(kw_only=True)
+class ExpertPlacement:
+    """Where experts live: P slots over the ranks of a mesh axis, several of which may hold one.
+
+    Slots are counted rank by rank, `P / ranks` on each, so slot p lies on rank `p // (P / ranks)`.
+    Arrays, not constants: moving an expert recompiles nothing. Leaves have a leading [L] where
+    layers differ. Made, and checked, by `moejax.placement.build`.
+    """
+
+    phys_to_log: jax.Array | np.ndarray  # int32 [P], the expert in each slot
+    log_to_phys: jax.Array | np.ndarray  # int32 [E, Rmax], its slots, ascending, then -1
+    num_replicas: jax.Array | np.ndarray  # int32 [E], at least 1
+
+    @property
+    def num_slots(self) -> int:
+        """P."""
+        return self.phys_to_log.shape[-1]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.num_replicas.shape[-1]
+
+
+def at_layer(placement: ExpertPlacement, layer: jax.Array | int) -> ExpertPlacement:
+    """The placement of one MoE layer; the placement itself where all layers share one."""
+    placement = jax.tree.map(jnp.asarray, placement)
+    if placement.phys_to_log.ndim == 1:
+        return placement
+    return jax.tree.map(lambda leaf: leaf[layer], placement)
 
 
 @struct.dataclass(kw_only=True)

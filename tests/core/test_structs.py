@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from moejax.core.structs import MoEMetrics, Routing, zero_metrics
+from moejax.core.structs import ExpertPlacement, MoEMetrics, Routing, at_layer, zero_metrics
 
 
 def test_leaves_may_be_specs_and_shapes():
@@ -28,3 +28,17 @@ def test_zero_metrics_are_neutral_and_keep_the_types_of_a_layer():
         assert leaf.dtype == (jnp.float32 if field.name.endswith("_loss") else jnp.int32)
         assert leaf.shape == ((4,) if field.name == "expert_load" else ())
         np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
+
+
+def test_a_layer_of_a_placement():
+    slots = np.array([[0, 1, 0], [1, 0, 1]], np.int32)
+    placement = ExpertPlacement(
+        phys_to_log=slots,
+        log_to_phys=np.array([[[0, 2], [1, -1]], [[1, -1], [0, 2]]], np.int32),
+        num_replicas=np.array([[2, 1], [1, 2]], np.int32),
+    )
+    one = jax.jit(at_layer)(placement, jnp.int32(1))
+    assert one.phys_to_log.tolist() == [1, 0, 1] and one.num_replicas.tolist() == [1, 2]
+    assert (one.num_slots, one.num_experts) == (placement.num_slots, 2) == (3, 2)
+    shared = at_layer(one, 5)
+    assert shared.log_to_phys.tolist() == [[1, -1], [0, 2]]

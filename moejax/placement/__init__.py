@@ -1,0 +1,1 @@
+"""Who holds which expert: placements built and checked, solvers (numpy in and out)."""
