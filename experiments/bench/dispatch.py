@@ -33,12 +33,12 @@ from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
 from moejax.core.structs import Routing
 from moejax.dispatch.api import make_dispatch
-from moejax.dispatch.grouped import balanced_choice
 from moejax.dispatch.hierarchical import send
 from moejax.dispatch.ranks import combined
 from moejax.dispatch.slots import FITS_ALL, Capacity
 from moejax.experts.gated import init_experts
 from moejax.experts.stage import resident
+from moejax.routing.gates import balanced_choice
 
 TOKENS = flags.DEFINE_integer("tokens", 2048, "tokens of all ranks", lower_bound=8)
 EXPERTS, TOP_K, MODEL_DIM, HIDDEN_DIM = 64, 8, 256, 128

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moejax.core.errors import check
 from moejax.core.structs import Routing
@@ -75,12 +74,3 @@ def check_groups(num_groups: int, top_k: int, ranks: int) -> None:
         num_groups % ranks == 0,
         f"num_groups={num_groups} is not divisible by {ranks} ranks: groups would be split",
     )
-
-
-def balanced_choice(scores: jax.Array, top_k: int, num_groups: int) -> jax.Array:
-    """int32 [T, K]: the K / G best experts of each group by `scores` [T, E]."""
-    tokens, num_experts = scores.shape
-    size = num_experts // num_groups
-    best = jax.lax.top_k(scores.reshape(tokens, num_groups, size), top_k // num_groups)[1]
-    first = jnp.arange(num_groups, dtype=jnp.int32)[None, :, None] * size
-    return (best.astype(jnp.int32) + first).reshape(tokens, top_k)

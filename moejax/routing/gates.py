@@ -1,9 +1,10 @@
-"""Token-choice gates: softmax or sigmoid scores, bias, groups, top-k.
+"""Token-choice gates: linear or cosine logits, softmax or sigmoid scores, bias, groups, top-k.
 
 The router runs in float32 whatever the model's dtype. Ties go to the lower expert id.
 
 Axis letters:
     T  tokens    D  model dim    E  experts    K  experts per token    G  routing groups
+    P  projected dim of the cosine logits
 """
 
 import jax
@@ -18,20 +19,44 @@ from moejax.routing.config import RouterConfig
 class RouterParams:
     """Weights of a gate, always float32."""
 
-    w_router: jax.Array  # [D, E]
+    w_router: jax.Array  # [D, E], or [P, E] with a projection
     correction_bias: jax.Array | None = None  # [E], None without `cfg.correction_bias`
+    w_project: jax.Array | None = None  # [D, P], None without `cfg.projection_dim`
+    temperature: jax.Array | None = None  # [], the same
 
 
 def init_router(key: jax.Array, d_model: int, cfg: RouterConfig) -> RouterParams:
-    """Normal weights of variance 1 / d_model and a zero bias."""
-    w_router = jax.random.normal(key, (d_model, cfg.num_experts), jnp.float32) * d_model**-0.5
+    """Normal weights of variance 1 / fan-in, a zero bias, the configured temperature."""
+
+    def normal(key: jax.Array, rows: int, columns: int) -> jax.Array:
+        return jax.random.normal(key, (rows, columns), jnp.float32) * rows**-0.5
+
     bias = jnp.zeros((cfg.num_experts,), jnp.float32) if cfg.correction_bias else None
-    return RouterParams(w_router=w_router, correction_bias=bias)
+    if not cfg.projection_dim:
+        w_router = normal(key, d_model, cfg.num_experts)
+        return RouterParams(w_router=w_router, correction_bias=bias)
+    k_router, k_project = jax.random.split(key)
+    return RouterParams(
+        w_router=normal(k_router, cfg.projection_dim, cfg.num_experts),
+        correction_bias=bias,
+        w_project=normal(k_project, d_model, cfg.projection_dim),
+        temperature=jnp.float32(cfg.temperature),
+    )
 
 
 def router_logits(params: RouterParams, x: jax.Array) -> jax.Array:
-    """float32 [T, E] logits of x [T, D]."""
-    return x.astype(jnp.float32) @ params.w_router
+    """float32 [T, E] logits of x [T, D]: linear, or X-MoE's cosines over a temperature."""
+    x = x.astype(jnp.float32)
+    if params.w_project is None:
+        return x @ params.w_router
+    assert params.temperature is not None, "a projecting router has a temperature"
+    cosines = unit(x @ params.w_project, axis=1) @ unit(params.w_router, axis=0)
+    return cosines / params.temperature
+
+
+def unit(x: jax.Array, *, axis: int) -> jax.Array:
+    """x at length 1 along `axis`. Zero stays zero, with a finite gradient: padding may be zero."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum(axis, keepdims=True) + 1e-12)
 
 
 def scores(logits: jax.Array, cfg: RouterConfig) -> jax.Array:
@@ -63,11 +88,22 @@ def route(
 
 
 def choose(score: jax.Array, correction_bias: jax.Array | None, cfg: RouterConfig) -> jax.Array:
-    """int32 [T, K] ids of the chosen experts, best first."""
+    """int32 [T, K] ids of the chosen experts, best first (group by group where balanced)."""
     biased = score if correction_bias is None else score + correction_bias[None]
+    if cfg.group_choice == "balanced":
+        return balanced_choice(biased, cfg.top_k, cfg.num_groups)
     if cfg.num_groups > 1:
         biased = jnp.where(_allowed_groups(biased, cfg), biased, -jnp.inf)
     return jax.lax.top_k(biased, cfg.top_k)[1]
+
+
+def balanced_choice(score: jax.Array, top_k: int, num_groups: int) -> jax.Array:
+    """int32 [T, K]: the K / G best experts of each group by `score` [T, E] (MoGE)."""
+    tokens, num_experts = score.shape
+    size = num_experts // num_groups
+    best = jax.lax.top_k(score.reshape(tokens, num_groups, size), top_k // num_groups)[1]
+    first = jnp.arange(num_groups, dtype=jnp.int32)[None, :, None] * size
+    return (best.astype(jnp.int32) + first).reshape(tokens, top_k)
 
 
 def with_weights(

@@ -28,6 +28,17 @@ from moejax.routing.config import RouterConfig
         ),
         (dict(num_experts=8, top_k=2, score="relu"), "score='relu' is neither softmax nor sigm"),
         (dict(num_experts=8, top_k=2, group_score="mean"), "group_score='mean' is neither max"),
+        (dict(num_experts=8, top_k=2, group_choice="all"), "group_choice='all' is neither best"),
+        (
+            dict(num_experts=8, top_k=2, num_groups=4, group_choice="balanced"),
+            "top_k=2 is not divisible by num_groups=4 balanced groups",
+        ),
+        (
+            dict(num_experts=8, top_k=4, num_groups=4, top_groups=2, group_choice="balanced"),
+            "top_groups=2 has no meaning with balanced groups",
+        ),
+        (dict(num_experts=8, top_k=2, projection_dim=-1), "projection_dim=-1 is negative"),
+        (dict(num_experts=8, top_k=2, temperature=0.0), "temperature=0.0 is not a positive number"),
     ],
 )
 def test_refused(fields, message):
@@ -49,4 +60,9 @@ def test_published_gates_are_accepted_and_hashable():
     )
     olmoe = RouterConfig(num_experts=64, top_k=8, renormalize=False)
     every = RouterConfig(num_experts=4, top_k=4)
-    assert len({deepseek_v3, olmoe, every}) == 3
+    moge = RouterConfig(num_experts=64, top_k=8, num_groups=8, group_choice="balanced")
+    x_moe = RouterConfig(num_experts=32, top_k=1, projection_dim=16, renormalize=False)
+    every_gate = [deepseek_v3, olmoe, every, moge, x_moe]
+    assert len(set(every_gate)) == 5
+    names = ["group_limited", "top_k", "top_k", "balanced_groups", "top_k"]
+    assert [cfg.gate for cfg in every_gate] == names and all(cfg.causal for cfg in every_gate)

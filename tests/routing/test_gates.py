@@ -9,7 +9,7 @@ import pytest
 
 from moejax.routing.config import RouterConfig
 from moejax.routing.gates import RouterParams, choose, init_router, route, router_logits
-from tests.routing.plain import plain_route
+from tests.routing.plain import plain_cosines, plain_route
 
 T, D, E = 33, 12, 8
 ROUTE = jax.jit(route, static_argnames="cfg")
@@ -30,6 +30,17 @@ CONFIGS = {
         scaling_factor=2.5,
     ),
     "all_experts": RouterConfig(num_experts=E, top_k=E),
+    "balanced": RouterConfig(
+        num_experts=E, top_k=4, num_groups=2, group_choice="balanced", renormalize=False
+    ),
+    "balanced_bias": RouterConfig(
+        num_experts=E,
+        top_k=4,
+        num_groups=4,
+        group_choice="balanced",
+        score="sigmoid",
+        correction_bias=True,
+    ),
 }
 
 
@@ -71,6 +82,59 @@ def test_bias_moves_the_choice_and_never_the_weights(inputs):
     own = np.take_along_axis(np.asarray(score), np.asarray(biased.topk_idx), axis=-1)
     np.testing.assert_allclose(biased.topk_weights, own, rtol=1e-6)
     np.testing.assert_array_equal(biased.router_logits, unbiased.router_logits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_balanced_groups_are_equally_loaded_in_every_batch(seed):
+    """MoGE's imbalance score, (max - min of the groups' loads) / tokens, is 0 by construction."""
+    cfg, rng = CONFIGS["balanced"], np.random.default_rng(seed)
+    logits = rng.normal(size=(T, E)) * 5 + np.where(np.arange(E) < 3, 9.0, 0.0)  # a hot group
+    params = RouterParams(w_router=np.eye(E, dtype=np.float32))
+    mask = rng.random(T) < 0.8
+    idx = np.asarray(ROUTE(params, logits.astype(np.float32), cfg, mask=mask).topk_idx)
+    load = [((idx >= 4 * group) & (idx < 4 * group + 4)).sum() for group in (0, 1)]
+    assert load[0] == load[1] == 2 * mask.sum()
+    best = np.argsort(-logits, axis=1)[:, : cfg.top_k] // 4  # what top-k would do
+    assert np.ptp([(best == group).sum() for group in (0, 1)]) > T
+
+
+X_MOE = RouterConfig(num_experts=E, top_k=2, projection_dim=3, temperature=0.25)
+
+
+def test_cosine_logits_equal_numpy(inputs):
+    x, w_router, _ = inputs
+    w_project, embeddings = np.asarray(w_router)[:, :3], np.asarray(w_router)[:3]
+    params = RouterParams(
+        w_router=embeddings, w_project=w_project, temperature=np.float32(X_MOE.temperature)
+    )
+    routing = ROUTE(params, x, X_MOE)
+    want = plain_cosines(np.asarray(x, np.float64), w_project, embeddings) / 0.25
+    np.testing.assert_allclose(routing.router_logits, want, atol=1e-5)
+    ids, weights = plain_route(want, None, X_MOE)
+    np.testing.assert_array_equal(routing.topk_idx, ids)
+    np.testing.assert_allclose(routing.topk_weights, weights, rtol=2e-5)
+    # Directions alone count: neither the length of a token nor that of an expert matters.
+    scaled = ROUTE(params.replace(w_router=7 * embeddings), 0.1 * x, X_MOE)
+    np.testing.assert_allclose(scaled.router_logits, routing.router_logits, atol=1e-5)
+
+
+def test_cosine_router_learns_its_temperature_and_survives_zero_tokens(key):
+    params = jax.jit(init_router, static_argnums=(1, 2))(key, D, X_MOE)
+    assert params.w_router.shape == (3, E) and params.w_project.shape == (D, 3)
+    assert params.temperature == X_MOE.temperature
+    x = np.random.default_rng(0).normal(size=(T, D)).astype(np.float32)
+    x[0] = 0.0
+
+    def loss(params, x):
+        logits = router_logits(params, x)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    grads, logits = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    for leaf in jax.tree.leaves(grads):
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-4
+    logits = np.asarray(logits, np.float64)
+    want = np.sum(np.cos(logits) * -logits / X_MOE.temperature)
+    np.testing.assert_allclose(grads[0].temperature, want, rtol=1e-4)
 
 
 # One token, 8 experts in 4 groups of 2, two groups allowed, worked by hand.
