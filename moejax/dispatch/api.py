@@ -12,9 +12,11 @@ from typing import Any
 from moejax.core.errors import check
 from moejax.dispatch.all_to_all import all_to_all
 from moejax.dispatch.dropless import dropless
+from moejax.dispatch.expert_slots import expert_slots
 from moejax.dispatch.gather import gather
 from moejax.dispatch.grouped import grouped
 from moejax.dispatch.hierarchical import hierarchical
+from moejax.dispatch.hooks import Hooks, hook_dispatch, hook_inner
 from moejax.dispatch.materialize import materialize
 from moejax.dispatch.pipelined import pipelined
 from moejax.dispatch.ragged import ragged
@@ -22,6 +24,7 @@ from moejax.dispatch.ranks import axis_names
 from moejax.experts.stage import Stage, resident
 
 TOKEN_CHOICE = ("top_k", "group_limited", "balanced_groups")
+SLOT_CHOICE = ("expert_choice", "soft")
 GATES = {
     "top_k": "K experts per token: softmax, sigmoid, X-MoE, with or without a bias",
     "group_limited": "K experts inside the best groups of each token (DeepSeek)",
@@ -84,6 +87,13 @@ STRATEGIES = {
         shape="t experts",
         drops=True,
     ),
+    "slots": Strategy(
+        build=expert_slots,
+        gates=SLOT_CHOICE,
+        moves="a row per slot",
+        shape="E * C rows, no slack",
+        drops=False,
+    ),
 }
 
 
@@ -105,6 +115,7 @@ def make_dispatch(
     gate: str = "top_k",
     num_chunks: int = 1,
     fall_back: bool = False,
+    hooks: Hooks | None = None,
     **options: Any,
 ) -> Stage:
     """The stage of a strategy, for use inside `shard_map`.
@@ -113,9 +124,10 @@ def make_dispatch(
 
     Args:
         name: a key of `STRATEGIES`.
-        gate: a key of `GATES`; what chooses the experts.
+        gate: a key of `GATES`, as the `gate` of a router's config says; what chooses the experts.
         num_chunks: `pipelined` in so many chunks of tokens.
         fall_back: `dropless` with `gather` over the same axes where the strategy drops anything.
+        hooks: the four of them that concern a stage (`moejax.dispatch.hooks`), around every chunk.
         options: those of the strategy: `axis` (`levels` for `hierarchical`), `token_axes`,
             `capacity`, `inner`, ...
 
@@ -123,18 +135,28 @@ def make_dispatch(
     """
     check_pair(name, gate)
     strategy = STRATEGIES[name]
-    names = inspect.signature(strategy.build).parameters
+    _check_options(name, options)
+    check(num_chunks == 1 or gate in TOKEN_CHOICE, f"gate {gate!r} has no num_chunks={num_chunks}")
+    if hooks is not None:
+        options["inner"] = hook_inner(options.get("inner", resident), hooks)
+    stage = strategy.build(num_experts=num_experts, **options)
+    if fall_back:
+        check(strategy.drops, f"dispatch {name!r} drops nothing, it needs no fall_back")
+        stage = dropless(stage, _gather_like(num_experts, options))
+    if hooks is not None:
+        stage = hook_dispatch(stage, hooks)
+    return pipelined(stage, num_chunks=num_chunks) if num_chunks != 1 else stage
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Raises `InputError` for options that a strategy does not have, and for missing ones."""
+    names = inspect.signature(STRATEGIES[name].build).parameters
     for option in options:
         check(option in names, f"dispatch {name!r} has no option {option!r}, only {list(names)}")
     for option, parameter in names.items():
         optional = parameter.default is not parameter.empty
         given = optional or option == "num_experts" or option in options
         check(given, f"dispatch {name!r} wants {option}")
-    stage = strategy.build(num_experts=num_experts, **options)
-    if fall_back:
-        check(strategy.drops, f"dispatch {name!r} drops nothing, it needs no fall_back")
-        stage = dropless(stage, _gather_like(num_experts, options))
-    return pipelined(stage, num_chunks=num_chunks) if num_chunks != 1 else stage
 
 
 def _gather_like(num_experts: int, options: dict[str, Any]) -> Stage:

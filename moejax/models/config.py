@@ -24,6 +24,11 @@ class LayerGroup:
             (self.moe is None) == (self.d_ff > 0),
             f"a layer group wants either moe or d_ff, got moe={self.moe} and d_ff={self.d_ff}",
         )
+        check(
+            self.moe is None or self.moe.router.causal,
+            f"a decoder wants a causal gate, got {self.moe and self.moe.router.gate!r}: a token's "
+            f"experts would depend on later tokens",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moejax.core.errors import check
+from moejax.kernels.vma import vary_together
 from moejax.routing.config import ExpertChoiceConfig, SlotConfig, SoftConfig
 from moejax.routing.gates import unit
 from moejax.routing.losses import RoutingSums
@@ -71,7 +72,7 @@ def route_slots(
 ) -> SlotRouting:
     """Fills all experts' slots from the group x [T, D]; bool `mask` [T] is False for padding."""
     check(x.shape[0] >= 1, "a group of 0 tokens cannot fill slots")
-    valid = jnp.ones(x.shape[:1], bool) if mask is None else mask
+    _, valid = vary_together(x, jnp.ones(x.shape[:1], bool) if mask is None else mask)
     with jax.named_scope("moe_route"):
         if isinstance(cfg, ExpertChoiceConfig):
             return choose_tokens(params, x, cfg, valid)
