@@ -44,8 +44,9 @@ def sources(old: ExpertPlacement, new: ExpertPlacement, ranks: int) -> jax.Array
 def move_rows(rows: Any, source: jax.Array, axis: Axis) -> Any:
     """One layer's experts, leaves [P / R, ...] -> [Q / R, ...], from slots `source` (int32 [Q]).
 
-    Cost: rounds of an all-to-all of one expert per pair of ranks, as many as the rank with most
-    arrivals has; what stays on its rank is copied.
+    What stays on its rank is copied. Everything else arrives in rounds, one expert on every rank,
+    as many as the rank with most arrivals needs. Cost per round: an all-to-all of one expert per
+    pair of ranks, in pieces so that buffers are about two experts of one leaf.
     """
     ranks, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     per_rank = jax.tree.leaves(rows)[0].shape[0]
@@ -56,22 +57,34 @@ def move_rows(rows: Any, source: jax.Array, axis: Axis) -> Any:
     order = jnp.argsort(~arrives, axis=1, stable=True).astype(jnp.int32)
     queue = jnp.take_along_axis(source, order, axis=1)  # arrivals of every rank first
 
-    def pick(slots: jax.Array) -> Any:
-        """The wanted slots that lie here; zeros for the others."""
-        return jax.tree.map(lambda leaf: _get(leaf, slots - first, leaf.shape[0]), rows)
+    def move(leaf: jax.Array) -> jax.Array:
+        num_pieces = pieces_of(leaf.shape[1:], ranks)
+        cut = leaf.reshape(per_rank, num_pieces, -1, *leaf.shape[2:])
 
-    def arrive(i: jax.Array, moved: Any) -> Any:
-        wanted = queue[:, i]
-        sender = wanted[rank] // per_rank
-        target = jnp.where(i < counts[rank], order[rank, i], source.shape[1])
-        return jax.tree.map(
-            lambda leaf, sent: leaf.at[target].set(exchange(sent, axis)[sender], mode="drop"),
-            moved,
-            pick(wanted),
-        )
+        def arrive(step: jax.Array, moved: jax.Array) -> jax.Array:
+            i, piece = step // num_pieces, step % num_pieces
+            wanted = queue[:, i]
+            sent = _get(cut[:, piece], wanted - first)  # [R, ...], one piece for every rank
+            got = exchange(sent, axis)[wanted[rank] // per_rank]
+            target = jnp.where(i < counts[rank], order[rank, i], source.shape[1])
+            return moved.at[target, piece].set(got, mode="drop")
+
+        kept = _get(cut, source[rank] - first)
+        moved = jax.lax.fori_loop(0, counts.max() * num_pieces, arrive, kept)
+        return moved.reshape(-1, *leaf.shape[1:])
 
     with jax.named_scope("moe_move_experts"):
-        return jax.lax.fori_loop(0, counts.max(), arrive, pick(source[rank]))
+        return jax.tree.map(move, rows)
+
+
+def pieces_of(shape: tuple[int, ...], ranks: int) -> int:
+    """Into how many pieces an expert's leaf of `shape` is cut: at most `ranks`, equal ones.
+
+    >>> pieces_of((7168, 2048), 64), pieces_of((6, 2), 4), pieces_of((), 4)
+    (64, 3, 1)
+    """
+    size = shape[0] if shape else 1
+    return max(n for n in range(1, ranks + 1) if size % n == 0)
 
 
 @struct.dataclass(kw_only=True)
@@ -102,7 +115,7 @@ def swap_rows(stacks: list[tuple[int, Any]], swaps: Swaps, axis: Axis) -> list[t
 
     def pick(first: int, leaf: jax.Array) -> jax.Array:
         flat = leaf.reshape(-1, *leaf.shape[2:])
-        return _get(flat, places(first, leaf, slots), flat.shape[0])
+        return _get(flat, places(first, leaf, slots))
 
     def fill(first: int, leaf: jax.Array, rows: jax.Array) -> jax.Array:
         flat = leaf.reshape(-1, *leaf.shape[2:])
@@ -123,9 +136,9 @@ def swap_rows(stacks: list[tuple[int, Any]], swaps: Swaps, axis: Axis) -> list[t
         ]
 
 
-def _get(leaf: jax.Array, index: jax.Array, size: int) -> jax.Array:
-    """Rows of a leaf [size, ...]; zeros for an index outside."""
-    index = jnp.where((index >= 0) & (index < size), index, size)
+def _get(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a leaf; zeros for an index outside, negative ones too."""
+    index = jnp.where((index >= 0) & (index < leaf.shape[0]), index, leaf.shape[0])
     return leaf.at[index].get(mode="fill", fill_value=0)
 
 

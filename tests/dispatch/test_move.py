@@ -42,8 +42,8 @@ def test_sources_are_near_where_they_can_be():
     assert run(old, new)[jnp.array([4, 6])].tolist() == [0, 3]
 
 
-@pytest.mark.parametrize("num_slots", [8, 64])
-def test_a_round_is_one_expert_per_pair_of_ranks(num_slots):
+@pytest.mark.parametrize("num_slots, dim, pieces", [(8, 5, 1), (64, 6, 3)])
+def test_a_round_is_one_expert_per_pair_of_ranks(num_slots, dim, pieces):
     mesh = make_mesh(expert=RANKS)
     run = jax.shard_map(
         partial(move_rows, axis="expert"),
@@ -51,13 +51,13 @@ def test_a_round_is_one_expert_per_pair_of_ranks(num_slots):
         in_specs=(P("expert"), P()),
         out_specs=P("expert"),
     )
-    rows = jax.ShapeDtypeStruct((num_slots, 5, 3), jnp.float32)
+    rows = jax.ShapeDtypeStruct((num_slots, dim, 3), jnp.float32)
     source = jax.ShapeDtypeStruct((num_slots,), jnp.int32)
     text = jax.jit(run).lower(rows, source).compile().as_text()
     assert text is not None
     module = parse_hlo(text)
     (found,) = collectives(module, mesh)
-    assert (found.kind, found.nbytes) == ("all-to-all", RANKS * 5 * 3 * 4)
+    assert (found.kind, found.nbytes) == ("all-to-all", RANKS * dim * 3 * 4 // pieces)
     assert found.computation != module.entry  # in the loop over rounds
 
 
