@@ -42,10 +42,10 @@ class Policy(Protocol):
 def round_robin(
     topk_idx: jax.Array, placement: ExpertPlacement, *, ranks: int, axis: Axis | None = None
 ) -> jax.Array:
-    """Copies in turn, ranks beginning at different ones. No communication."""
+    """Copies in turn: token t of rank r takes copy (t + r) mod n. No communication, no sort."""
     del ranks
     counts = jnp.append(jnp.asarray(placement.num_replicas), jnp.int32(1))
-    turn = _turns(topk_idx, placement.num_experts) + _rank(axis)
+    turn = jnp.arange(topk_idx.shape[0], dtype=jnp.int32)[:, None] + _rank(axis)
     return _slots(placement, topk_idx, turn % counts[topk_idx])
 
 
@@ -71,7 +71,7 @@ def least_tokens(
 
     Experts with one copy are counted first; the others follow in ascending id, each spread over
     its copies so that the ranks that hold them rise to one level. Cost: an all-gather of E counts,
-    a scan over E.
+    a sort of T * K ids, a scan over E.
     """
     sizes = sort_by_group(topk_idx, placement.num_experts).group_sizes
     before, total = _over_ranks(sizes, axis)
@@ -101,10 +101,11 @@ def aebs(
 
     Decoding waits for the rank with the most distinct active experts. Those with one copy are
     counted where they are; every other active one, in ascending id, goes to the host with the
-    fewest so far. All ranks choose the same. Cost: an all-reduce of E counts, a scan over E.
+    fewest so far. All ranks choose the same. Cost: an all-reduce of E words, a scan over E.
     """
-    sizes = sort_by_group(topk_idx, placement.num_experts).group_sizes
-    active = (sizes if axis is None else jax.lax.psum(sizes, axis)) > 0
+    experts = jnp.arange(placement.num_experts, dtype=jnp.int32)
+    wanted = jnp.any(topk_idx.reshape(-1, 1) == experts[None], axis=0)
+    active = wanted if axis is None else jax.lax.pmax(wanted.astype(jnp.int32), axis) > 0
     hosts = _hosts(placement, ranks)
     copied = jnp.asarray(placement.num_replicas) > 1
     alone = (active & ~copied).astype(jnp.int32)
