@@ -13,6 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moejax.kernels.grouped_ffn import GatedWeights, grouped_ffn
 from moejax.kernels.grouped_matmul import grouped_matmul
@@ -21,6 +23,7 @@ from moejax.kernels.permute import permute, sort_by_group, unpermute
 
 SHAPE = SHAPES["bench"]
 Inputs = tuple[jax.Array, jax.Array, jax.Array]  # x [T, D], topk_idx [T, K], topk_weights [T, K]
+Layer = Callable[..., jax.Array]
 Ffn = Callable[[jax.Array, GatedWeights, jax.Array], jax.Array]
 
 
@@ -64,6 +67,37 @@ def layer(
     return unpermute(y, perm, topk_weights)
 
 
+def over_devices(layer_fn: Layer, mesh: Mesh) -> Layer:
+    """The layer with the hidden dim split over all devices of `mesh`: equal work on each."""
+
+    def run(x, topk_idx, topk_weights, weights):
+        def part(*args):
+            return jax.lax.psum(layer_fn(*args), mesh.axis_names)
+
+        specs = (P(), P(), P(), _weight_specs(mesh))
+        run = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P())
+        return run(x, topk_idx, topk_weights, weights)
+
+    return run
+
+
+def place(
+    inputs: list[Inputs], weights: GatedWeights, mesh: Mesh
+) -> tuple[list[Inputs], GatedWeights]:
+    """Inputs on all devices, hidden dims split over them."""
+    inputs = jax.device_put(inputs, NamedSharding(mesh, P()))
+    return inputs, jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)),
+        weights,
+        _weight_specs(mesh),
+    )
+
+
+def _weight_specs(mesh: Mesh) -> GatedWeights:
+    column = P(None, None, mesh.axis_names)
+    return GatedWeights(w_gate=column, w_up=column, w_down=P(None, mesh.axis_names))
+
+
 def ragged_ffn(xs: jax.Array, weights: GatedWeights, group_sizes: jax.Array) -> jax.Array:
     """The gated MLP as three calls of `jax.lax.ragged_dot`."""
     dot = partial(grouped_matmul, group_sizes=group_sizes, implementation="ragged_dot")
@@ -94,7 +128,7 @@ def balanced_ffn(
     return dot(jax.nn.silu(dot(rows, weights.w_gate)) * dot(rows, weights.w_up), weights.w_down)
 
 
-def with_gradients(layer_fn: Callable[..., jax.Array]) -> Callable[..., object]:
+def with_gradients(layer_fn: Layer) -> Callable[..., object]:
     """Value and gradients of `sum(y ** 2)` for x, topk_weights and the weights."""
 
     def loss(x, topk_weights, weights, topk_idx):

@@ -5,6 +5,7 @@ Axis letters:
     L  layers (Lm of them MoE)  E  experts          K  experts per token
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from moejax.layers.attention import (
 )
 from moejax.layers.moe import MoEParams, init_moe, moe
 from moejax.layers.norm import rms_norm
+from moejax.layers.parallel import ALONE, Parallel
 from moejax.models.config import DecoderConfig, LayerGroup
 
 
@@ -125,7 +127,7 @@ def forward(
     forced_idx: jax.Array | None = None,
     stage: Stage = resident,
     stage_state: Any = None,
-    token_axes: tuple[str, ...] = (),
+    parallel: Parallel = ALONE,
 ) -> Output:
     """Runs the decoder on tokens int32 [B, S].
 
@@ -136,15 +138,15 @@ def forward(
             seen by no other position and does not advance the cache.
         forced_idx: int32 [Lm, T, K], replays recorded routing.
         stage, stage_state: see `moejax.experts.stage`.
-        token_axes: mesh axes that sequences are sharded over, when inside `shard_map`; metrics are
-            those of all tokens.
+        parallel: how arrays are split, when inside `shard_map`; metrics are those of all tokens.
 
     Returns: `Output`; metrics and record have one entry per MoE layer.
     """
     batch, length = tokens.shape
     _check_shapes(tokens, cfg, cache, mask, forced_idx)
+    outer = parallel.unshard(dataclasses.replace(params, groups=()))
     with jax.named_scope("embed"):
-        x = params.embed[tokens] * jnp.asarray(cfg.embed_scale, cfg.jnp_dtype)
+        x = outer.embed[tokens] * jnp.asarray(cfg.embed_scale, cfg.jnp_dtype)
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
     flat_mask = None if mask is None else mask.reshape(-1)
@@ -152,7 +154,7 @@ def forward(
     k, v = (None, None) if cache is None else (cache.k, cache.v)
 
     def layer(carry, step, group):
-        return _layer(carry, step, cfg, group, positions, flat_mask, stage, token_axes)
+        return _layer(carry, step, cfg, group, positions, flat_mask, stage, parallel)
 
     carry, traces = _scan_groups(layer, (x, k, v, stage_state), params, cfg, forced_idx)
     x, k, v, stage_state = carry
@@ -162,7 +164,7 @@ def forward(
         taken = jnp.full((batch,), length) if mask is None else mask.sum(1)
         cache = KVCache(k=k, v=v, length=start + taken.astype(jnp.int32))
     return Output(
-        logits=unembed(params, x, cfg),
+        logits=unembed(outer, x, cfg),
         cache=cache,
         stage_state=stage_state,
         metrics=metrics,
@@ -213,21 +215,22 @@ def _check_shapes(tokens, cfg, cache, mask, forced_idx):
         check(forced_idx.shape == want, f"forced_idx is {forced_idx.shape}, expected {want}")
 
 
-def _layer(carry, step, cfg, group, positions, flat_mask, stage, token_axes):
+def _layer(carry, step, cfg, group, positions, flat_mask, stage, parallel):
     x, cache_k, cache_v, stage_state = carry
     params, layer, moe_layer, forced_idx = step
     batch, length, d = x.shape
-    h = rms_norm(x, params.attention_norm, cfg.norm_eps)
+    params = parallel.unshard(params)
+    h = parallel.split(rms_norm(x, params.attention_norm, cfg.norm_eps))
     if cache_k is None:
         mixed = self_attention(params.attention, h, positions, cfg.attention)
     else:
         mixed, cache_k, cache_v = cached_attention(
             params.attention, h, positions, cache_k, cache_v, layer, cfg.attention
         )
-    x = x + mixed
+    x = x + parallel.merge(mixed)
     h = rms_norm(x, params.mlp_norm, cfg.norm_eps).reshape(batch * length, d)
     if group.moe is None:
-        y, trace = gated_mlp(params.mlp, h), None
+        y, trace = parallel.merge(gated_mlp(params.mlp, parallel.split(h))), None
     else:
         y, routing, stage_state, metrics = moe(
             params.mlp,
@@ -238,7 +241,7 @@ def _layer(carry, step, cfg, group, positions, flat_mask, stage, token_axes):
             stage=stage,
             stage_state=stage_state,
             layer=moe_layer,
-            token_axes=token_axes,
+            parallel=parallel,
         )
         trace = (
             metrics,

@@ -1,8 +1,11 @@
 """Static description of a training run."""
 
 import dataclasses
+from typing import Literal, get_args
 
 from moejax.core.errors import check, check_seed
+
+MemoryKind = Literal["device", "pinned_host"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,9 @@ class TrainConfig:
         warmup_fraction: share of the horizon in which the learning rate rises linearly from zero.
         final_fraction: share of the peak at which its cosine ends.
         load_balancing_weight, router_z_weight: of the auxiliary losses, averaged over layers.
+        fully_sharded: on a mesh, weights and optimizer state are split over all ranks instead of
+            copied; see `moejax.training.sharding`.
+        experts_memory: where experts and their optimizer state lie between steps, on a mesh.
     """
 
     batch_size: int = 8
@@ -40,6 +46,8 @@ class TrainConfig:
     clip_norm: float = 1.0
     load_balancing_weight: float = 0.01
     router_z_weight: float = 0.0
+    fully_sharded: bool = False
+    experts_memory: MemoryKind = "device"
 
     def __post_init__(self):
         check_seed(self.seed)
@@ -55,6 +63,11 @@ class TrainConfig:
         for name in ("weight_decay", "load_balancing_weight", "router_z_weight"):
             value = getattr(self, name)
             check(value >= 0, f"{name}={value} must not be negative")
+        kinds = get_args(MemoryKind)
+        check(
+            self.experts_memory in kinds,
+            f"experts_memory={self.experts_memory!r} is not one of {kinds}",
+        )
         for name in ("b1", "b2", "warmup_fraction"):
             value = getattr(self, name)
             check(0 <= value < 1, f"{name}={value} must be in [0, 1)")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moejax.experts.stage import Stage, resident
+from moejax.layers.parallel import ALONE, Parallel
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, forward
 from moejax.training.config import TrainConfig
@@ -37,17 +38,17 @@ def train_loss(
     cfg: TrainConfig,
     *,
     stage: Stage = resident,
-    token_axes: tuple[str, ...] = (),
+    parallel: Parallel = ALONE,
 ) -> tuple[jax.Array, LossMetrics]:
     """The loss of predicting tokens int32 [B, S + 1] from the ones before.
 
-    `token_axes`: mesh axes that B is sharded over inside `shard_map`; the loss and the metrics are
-    those of the whole batch, the same on every rank.
+    `parallel`: how arrays are split, when inside `shard_map`; the loss and the metrics are those of
+    the whole batch, the same on every rank.
     """
-    output = forward(params, tokens[:, :-1], model, stage=stage, token_axes=token_axes)
+    output = forward(params, tokens[:, :-1], model, stage=stage, parallel=parallel)
     nats = cross_entropy(output.logits, tokens[:, 1:]).mean()
     metrics = LossMetrics(
-        cross_entropy=jax.lax.pmean(nats, token_axes) if token_axes else nats,
+        cross_entropy=jax.lax.pmean(nats, axes) if (axes := parallel.token_axes) else nats,
         load_balancing_loss=output.metrics.load_balancing_loss.mean(),
         router_z_loss=output.metrics.router_z_loss.mean(),
         expert_load=output.metrics.expert_load,

@@ -1,5 +1,6 @@
 """The state of a training run and its compiled step."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -50,7 +51,7 @@ def init_state(model: DecoderConfig, cfg: TrainConfig, mesh: Mesh | None = None)
     """
     # The bits of a sharded rbg draw depend on the mesh.
     state = _init_state(model, cfg)
-    return state if mesh is None else jax.device_put(state, state_shardings(state, mesh))
+    return _move(state, mesh, cfg)
 
 
 @partial(jax.jit, static_argnames=("model", "cfg"))
@@ -72,8 +73,10 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """One update from tokens int32 [B, S + 1] at `progress` (float32 []) of the run.
 
-    With a mesh the state is sharded as `state_shardings` says.
+    With a mesh the state is sharded as `state_shardings` says. Cost with experts in host memory:
+    they and their optimizer state cross the link once in each direction.
     """
+    state = _move(state, mesh, dataclasses.replace(cfg, experts_memory="device"))
     loss_fn = train_loss if mesh is None else partial(sharded_loss, mesh=mesh)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, metrics), grads = grad_fn(state.params, tokens, model=model, cfg=cfg)
@@ -93,4 +96,9 @@ def train_step(
         grad_norm=optax.tree.norm(grads),
         learning_rate=lr,
     )
-    return TrainState(params=params, opt_state=opt_state, step=state.step + 1), step_metrics
+    state = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
+    return _move(state, mesh, cfg), step_metrics
+
+
+def _move(state: TrainState, mesh: Mesh | None, cfg: TrainConfig) -> TrainState:
+    return state if mesh is None else jax.device_put(state, state_shardings(state, mesh, cfg))

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.core.mesh import make_mesh
 from moejax.experts.stage import reference
 from moejax.layers.moe import MoEConfig, init_moe, moe
+from moejax.layers.parallel import Parallel
 from moejax.routing.config import RouterConfig
 from tests.kernels.cases import assert_close
 
@@ -81,7 +82,12 @@ def balanced_routing(groups: int) -> np.ndarray:
 
 def loss(params, x, forced_idx, *, stage, token_axes=()):
     y, _, _, metrics = moe(
-        params, x, CFG, forced_idx=forced_idx, stage=stage, token_axes=token_axes
+        params,
+        x,
+        CFG,
+        forced_idx=forced_idx,
+        stage=stage,
+        parallel=Parallel(token_axes=token_axes),
     )
     total = jnp.sum(jnp.sin(y) * jnp.arange(1.0, D + 1)[None])
     if token_axes:

@@ -9,16 +9,9 @@ from moejax.training.config import TrainConfig
 
 
 def tiny_model(**rest) -> DecoderConfig:
-    return moe_decoder(
-        vocab_size=256,
-        d_model=16,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        moe=MoEConfig(d_ff=8, router=RouterConfig(num_experts=4, top_k=2)),
-        **rest,
-    )
+    sizes = dict(vocab_size=256, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
+    experts = MoEConfig(d_ff=8, router=RouterConfig(num_experts=4, top_k=2))
+    return moe_decoder(**sizes | dict(moe=experts) | rest)
 
 
 def tiny_train(**rest) -> TrainConfig:

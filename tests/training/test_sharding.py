@@ -1,5 +1,7 @@
 """Training on a mesh: one loss and one gradient whatever the mesh, and runs that change meshes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
+from moejax.layers.moe import MoEConfig
+from moejax.routing.config import RouterConfig
 from moejax.training.loop import train
 from moejax.training.loss import train_loss
 from moejax.training.sharding import check_mesh, sharded_loss, state_shardings
@@ -14,12 +18,18 @@ from moejax.training.state import init_state
 from tests.kernels.cases import assert_close
 from tests.training.helpers import text_bytes, tiny_model, tiny_train
 
-MODEL, CFG = tiny_model(), tiny_train(batch_size=4, router_z_weight=0.01)
+# Eight rows in all: an expert's rows come in one size, which compiles in a fraction of the time.
+EXPERTS = MoEConfig(
+    d_ff=8, shared_d_ff=4, router=RouterConfig(num_experts=4, top_k=1, renormalize=False)
+)
+MODEL = tiny_model(num_kv_heads=2, moe=EXPERTS)
+CFG = tiny_train(batch_size=4, seq_len=2, router_z_weight=0.01)
+GRAD = jax.jit(jax.value_and_grad(sharded_loss, has_aux=True), static_argnums=(2, 3, 4))
 
 
 @pytest.fixture(scope="module")
 def tokens():
-    rows = text_bytes()[: 4 * 5].reshape(4, 5)
+    rows = text_bytes()[: 4 * 3].reshape(4, 3)
     return jnp.asarray(rows, jnp.int32)
 
 
@@ -31,15 +41,24 @@ def want(tokens):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 2), (2, 2), (4, 1)], ids=lambda s: f"data{s[0]}_expert{s[1]}"
+    ("data", "expert", "model", "axis_type", "fully_sharded"),
+    [
+        (1, 2, 1, "explicit", False),
+        (4, 1, 1, "auto", False),
+        (2, 2, 2, "auto", False),
+        (2, 2, 2, "explicit", True),
+        (1, 4, 1, "auto", True),
+    ],
 )
-@pytest.mark.parametrize("axis_type", ["auto", "explicit"])
-def test_loss_and_gradient_do_not_depend_on_the_mesh(shape, axis_type, tokens, want):
-    mesh = make_mesh(data=shape[0], expert=shape[1], axis_type=axis_type)
+def test_loss_and_gradient_do_not_depend_on_the_mesh(
+    data, expert, model, axis_type, fully_sharded, tokens, want
+):
+    mesh = make_mesh(data=data, expert=expert, model=model, axis_type=axis_type)
+    cfg = dataclasses.replace(CFG, fully_sharded=fully_sharded)
+    check_mesh(mesh, MODEL, cfg)
     with jax.set_mesh(mesh):
-        params = init_state(MODEL, CFG, mesh).params
-        grad_fn = jax.jit(jax.value_and_grad(sharded_loss, has_aux=True), static_argnums=(2, 3, 4))
-        (loss, metrics), grads = grad_fn(params, tokens, MODEL, CFG, mesh)
+        params = init_state(MODEL, cfg, mesh).params
+        (loss, metrics), grads = GRAD(params, tokens, MODEL, cfg, mesh)
     (want_loss, want_metrics), want_grads = want
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     np.testing.assert_array_equal(metrics.expert_load, want_metrics.expert_load)
@@ -48,15 +67,20 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(shape, axis_type, tokens, w
     )
     for got, reference in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
         assert_close(np.asarray(got), np.asarray(reference))
-    sharding = grads.groups[0].mlp.experts.w_gate.sharding
-    assert sharding.shard_shape(grads.groups[0].mlp.experts.w_gate.shape)[1] * shape[1] == (
-        MODEL.moe.router.num_experts
-    )
+    layer, split = grads.groups[0], data * expert if fully_sharded else 1
+    for leaf, parts in (
+        (layer.mlp.experts.w_gate, (1, expert, data if fully_sharded else 1, model)),
+        (layer.attention.w_o, (1, model, 1, split)),
+        (layer.mlp.router.w_router, (1, split, 1)),
+        (layer.mlp_norm, (1, split)),
+    ):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        assert tuple(n // m for n, m in zip(leaf.shape, shard, strict=True)) == parts
 
 
 def test_a_run_continues_on_another_mesh_as_if_uninterrupted(tmp_path):
     steps = dict(horizon_steps=4, checkpoint_steps=2)
-    cfg = tiny_train(batch_size=4, **steps)
+    cfg = tiny_train(batch_size=4, seq_len=2, **steps)
     data = text_bytes()
     whole = train(data, MODEL, cfg, path=tmp_path / "whole", mesh=make_mesh(data=2, expert=2))
     path = tmp_path / "moved"
@@ -73,7 +97,7 @@ def test_a_run_continues_on_another_mesh_as_if_uninterrupted(tmp_path):
 def test_weights_on_a_mesh_are_those_of_one_device():
     mesh = make_mesh(data=2, expert=2)
     state, alone = init_state(MODEL, CFG, mesh), init_state(MODEL, CFG)
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == state_shardings(state, mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == state_shardings(state, mesh, CFG)
     for got, reference in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(got, reference)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moejax.core.errors import check
+from moejax.kernels.vma import vary_together
 
 
 @struct.dataclass(kw_only=True)
@@ -65,6 +66,7 @@ def permute(x: jax.Array, perm: Permutation, top_k: int) -> jax.Array:
         f"x has {x.shape[0]} tokens, top_k={top_k}, permutation has {perm.order.shape[0]} rows",
     )
     with jax.named_scope("moe_permute"):
+        x, perm = vary_together(x, perm)
         return _permute(x, perm.order, perm.inverse, top_k)
 
 
@@ -80,6 +82,7 @@ def unpermute(y: jax.Array, perm: Permutation, topk_weights: jax.Array) -> jax.A
         f"permutation {perm.order.shape[0]} rows",
     )
     with jax.named_scope("moe_unpermute"):
+        y, topk_weights, perm = vary_together(y, topk_weights, perm)
         return _unpermute(y, topk_weights, perm.order, perm.inverse)
 
 
@@ -90,6 +93,7 @@ def ungroup(y: jax.Array, perm: Permutation, top_k: int) -> jax.Array:
         f"y has {y.shape[0]} rows, permutation has {perm.order.shape[0]}",
     )
     with jax.named_scope("moe_unpermute"):
+        y, perm = vary_together(y, perm)
         rows = _reorder(y, perm.inverse, perm.order)
         return rows.reshape(-1, top_k, y.shape[1])
 

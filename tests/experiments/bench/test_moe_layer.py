@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import moe_layer, moe_layer_arms, moe_layer_torch
+from moejax.core.mesh import make_mesh
 from tests.kernels.cases import assert_close
 
 TINY = dataclasses.replace(moe_layer_arms.SHAPE, num_tokens=4, num_experts=8, d_model=8, d_ff=16)
@@ -19,18 +20,21 @@ def weights():
 
 
 def test_all_arms_agree_in_value_and_gradient(weights):
+    mesh = make_mesh(model=2)
     ours, ragged, reference = (
         jax.jit(moe_layer_arms.with_gradients(fn))
         for fn in (
-            moe_layer_arms.moejax_layer,
+            moe_layer_arms.over_devices(moe_layer_arms.moejax_layer, mesh),
             moe_layer_arms.ragged_layer,
             moe_layer_arms.reference_layer,
         )
     )
     for zipf in (0.0, 1.2):
-        for inputs in moe_layer_arms.make_inputs(TINY, zipf=zipf, routings=2):
+        drawn = moe_layer_arms.make_inputs(TINY, zipf=zipf, routings=2)
+        placed, split = moe_layer_arms.place(drawn, weights, mesh)
+        for inputs, on_mesh in zip(drawn, placed, strict=True):
             want = reference(*inputs, weights)
-            assert_close(ours(*inputs, weights), want)
+            assert_close(jax.device_get(ours(*on_mesh, split)), want)
             assert_close(ragged(*inputs, weights), want)
 
 
