@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moejax.core.structs import Routing
 from moejax.experts.stage import Stage, StageCounts, resident
@@ -81,7 +82,7 @@ def hook_layer(layer: Callable[..., tuple], hooks: Hooks) -> Callable[..., tuple
     return run
 
 
-def narrow_wire(wire: jnp.dtype, inside: jnp.dtype = jnp.float32) -> Hooks:
+def narrow_wire(wire: DTypeLike, inside: DTypeLike = jnp.float32) -> Hooks:
     """Rows travel as `wire` both ways and are computed with as `inside`; so are their gradients.
 
     Strategies that add up partial sums on the way back (`gather`, `grouped`) do so in float32

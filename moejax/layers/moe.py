@@ -17,6 +17,7 @@ from moejax.experts.combine import combine
 from moejax.experts.gated import gated_mlp, init_experts
 from moejax.experts.stage import Stage, resident
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.layers.parallel import ALONE, Parallel
 from moejax.routing.config import RouterConfig
 from moejax.routing.gates import RouterParams, init_router, route
 from moejax.routing.losses import load_balancing_loss, router_z_loss, routing_sums
@@ -78,7 +79,7 @@ def moe(
     stage: Stage = resident,
     stage_state: Any = None,
     layer: jax.Array | int = 0,
-    token_axes: tuple[str, ...] = (),
+    parallel: Parallel = ALONE,
 ) -> tuple[jax.Array, Routing, Any, MoEMetrics]:
     """One MoE layer on x [T, D].
 
@@ -86,20 +87,21 @@ def moe(
         mask: bool [T], False for padding; padded rows come out as the shared expert's alone.
         forced_idx: int32 [T, K], replays a recorded choice.
         stage: how tokens meet experts; `stage_state` is its carry, `layer` this layer's index.
-        token_axes: mesh axes that tokens are sharded over, when inside `shard_map`; load and losses
-            are those of all tokens.
+        parallel: how arrays are split, when inside `shard_map`.
 
     Returns: y [T, D], the routing, the stage's new state, metrics of this layer.
     """
     routing = route(params.router, x, cfg.router, mask=mask, forced_idx=forced_idx)
     layer = jnp.asarray(layer, jnp.int32)
+    x = parallel.split(x)
     outputs, stage_state, counts = stage(x, routing, params.experts, layer, stage_state)
     with jax.named_scope("moe_combine"):
         y = outputs if outputs.ndim == 2 else combine(outputs, routing.topk_weights)
     if params.shared is not None:
         with jax.named_scope("moe_shared"):
             y = y + gated_mlp(params.shared, x)
-    sums = routing_sums(routing, cfg.router, token_axes)
+    y = parallel.merge(y)
+    sums = routing_sums(routing, cfg.router, parallel.token_axes)
     metrics = MoEMetrics(
         expert_load=sums.load,
         load_balancing_loss=load_balancing_loss(sums),

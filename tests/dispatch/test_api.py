@@ -1,15 +1,32 @@
 """Strategies by name: the published table, invalid pairs, options."""
 
 import pathlib
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
 from moejax.dispatch.api import GATES, STRATEGIES, check_pair, make_dispatch
-from moejax.dispatch.slots import Capacity
-from moejax.experts.stage import resident
-from tests.dispatch.cases import E, check_exact, compiled, cube, routings
+from moejax.dispatch.slots import FITS_ALL, Capacity
+from moejax.experts.stage import reference, resident
+from moejax.layers.moe import MoEConfig, init_moe, moe
+from moejax.routing.config import ExpertChoiceConfig, RouterConfig, SoftConfig
+from tests.dispatch.cases import (
+    D,
+    E,
+    T,
+    check_exact,
+    compiled,
+    cube,
+    layout,
+    routings,
+)
+from tests.dispatch.gates import alone, over_mesh, random_like
+from tests.kernels.cases import assert_close
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "dispatch.md"
 
@@ -24,6 +41,18 @@ def test_every_pair_is_allowed_or_raises():
                     make_dispatch(name, num_experts=E, gate=gate)
 
 
+def test_configs_name_their_gates_and_flag_those_that_look_ahead():
+    configs = [
+        RouterConfig(num_experts=E, top_k=2),
+        RouterConfig(num_experts=E, top_k=2, num_groups=2, top_groups=1),
+        RouterConfig(num_experts=E, top_k=2, num_groups=2, group_choice="balanced"),
+        ExpertChoiceConfig(num_experts=E),
+        SoftConfig(num_experts=E),
+    ]
+    assert [cfg.gate for cfg in configs] == list(GATES)
+    assert [cfg.causal for cfg in configs] == ["not causal" not in GATES[c.gate] for c in configs]
+
+
 def test_the_docs_hold_the_table():
     text = DOCS.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `")]
@@ -32,6 +61,41 @@ def test_the_docs_hold_the_table():
         drops = "counted" if strategy.drops else "none"
         want = f"| `{name}` | {strategy.moves} | {strategy.shape} | {drops} | {marks} |"
         assert want in rows, want
+
+
+X_MOE = RouterConfig(num_experts=E, top_k=2, projection_dim=3, correction_bias=True)
+MOGE = RouterConfig(
+    num_experts=E, top_k=4, num_groups=4, group_choice="balanced", correction_bias=True
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "where", "router"),
+    [
+        ("all_to_all", {"capacity": FITS_ALL}, layout(1, 8), X_MOE),
+        ("grouped", {"num_groups": 4}, layout(2, 4, axis_type="explicit"), MOGE),
+    ],
+)
+def test_gates_equal_the_dense_reference(name, options, where, router):
+    """Values and gradients of X-MoE and MoGE, gate weights included, with padding, idle experts."""
+    options = {**options, "gate": router.gate, "token_axes": where.token_axes}
+    stage = make_dispatch(name, num_experts=E, inner=reference, **options)
+    cfg = MoEConfig(d_ff=4, router=router)
+    init = partial(init_moe, cfg=cfg, d_model=D, out_scale=1.0, dtype=jnp.float32)
+    params, x = random_like(
+        (jax.eval_shape(init, jax.random.key(0)), jax.ShapeDtypeStruct((T, D), jnp.float32))
+    )
+    idle = np.isin(np.arange(E), [1, 5, 15])  # never chosen
+    bias = np.where(idle, np.float32(-9), np.float32(0))
+    params = params.replace(router=params.router.replace(correction_bias=bias))
+    mask = np.arange(T) % 5 != 2
+    (got, (y, metrics)), grads = over_mesh(moe, cfg, stage, where, params)(params, x, mask)
+    (want, (want_y, _)), want_grads = alone(moe, cfg, reference)(params, x, mask)
+    assert_close((got, y, grads), (want, want_y, want_grads))
+    np.testing.assert_array_equal(metrics.expert_load == 0, idle)
+    assert metrics.assignments_dropped == 0
+    for leaf in jax.tree.leaves(grads[0].router.replace(correction_bias=None)):
+        assert np.abs(leaf).max() > 1e-3
 
 
 def test_names_and_options():
@@ -45,6 +109,8 @@ def test_names_and_options():
         ({"name": "gather", "fall_back": True}, "'gather' drops nothing"),
         ({"name": "gather", "num_chunks": 0}, "num_chunks=0 must be at least 1"),
         ({"name": "local", "token_axes": ("data",)}, "local serves tokens of one rank"),
+        ({"name": "slots", "gate": "soft", "num_chunks": 2}, "gate 'soft' has no num_chunks=2"),
+        ({"name": "slots", "gate": "soft", "fall_back": True}, "'slots' drops nothing"),
     ]
     for arguments, message in wrong:
         with pytest.raises(InputError, match=message):
