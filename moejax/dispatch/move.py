@@ -8,6 +8,8 @@ Axis letters:
     R  ranks on the axis    P  slots before    Q  slots after    L  layers    m  swaps
 """
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from moejax.core.errors import check
 from moejax.core.structs import ExpertPlacement
 from moejax.dispatch.exchange import exchange
 from moejax.dispatch.ranks import Axis
@@ -100,7 +103,7 @@ def swap_rows(stacks: list[tuple[int, Any]], swaps: Swaps, axis: Axis) -> list[t
     """Experts of pairs of slots exchanged, in stacks (first layer, leaves [L, P / R, ...]).
 
     Cost: one all-reduce of 2 m experts, whatever L and P are: the leaves of an expert are packed
-    into words, and summed with zeros from all ranks but the owner.
+    into words of 32 bits, and summed with zeros from all ranks but the owner.
     """
     layers = jnp.concatenate([jnp.asarray(swaps.layers)] * 2)
     slots = jnp.concatenate([jnp.asarray(swaps.a), jnp.asarray(swaps.b)])
@@ -142,26 +145,46 @@ def _get(leaf: jax.Array, index: jax.Array) -> jax.Array:
     return leaf.at[index].get(mode="fill", fill_value=0)
 
 
-def _bytes(leaf: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(leaf, jnp.uint8).reshape(leaf.shape[0], -1)
-
-
 def _pack(leaves: list[jax.Array]) -> jax.Array:
-    """uint32 [n, words] of leaves [n, ...]; words, because some backends sum no bytes."""
-    packed = jnp.concatenate([_bytes(leaf) for leaf in leaves], axis=1)
-    packed = jnp.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
-    return jax.lax.bitcast_convert_type(packed.reshape(packed.shape[0], -1, 4), jnp.uint32)
+    """uint32 [n, words] of leaves [n, ...].
+
+    Values of 2 bytes share a word with one of the other half of their row, values of 1 byte with
+    the other quarters. Sharing with neighbours takes minutes to compile for TPU.
+    """
+    packed = []
+    for leaf in leaves:
+        bits = jax.lax.bitcast_convert_type(leaf, _unsigned(leaf.dtype))
+        bits = bits.reshape(leaf.shape[0], -1).astype(jnp.uint32)
+        lanes, width = _lanes(leaf.dtype)
+        bits = jnp.pad(bits, ((0, 0), (0, -bits.shape[1] % lanes)))
+        parts = jnp.split(bits, lanes, axis=1)
+        shifted = [part << jnp.uint32(i * width) for i, part in enumerate(parts)]
+        packed.append(functools.reduce(jnp.bitwise_or, shifted))
+    return jnp.concatenate(packed, axis=1)
 
 
 def _unpack(words: jax.Array, like: Any) -> Any:
     """The leaves of `like` out of the first words that `_pack` made of such leaves."""
-    packed = _bytes(words)
     leaves, tree = jax.tree.flatten(like)
     start, out = 0, []
     for leaf in leaves:
-        size = leaf[0].size * leaf.dtype.itemsize
-        part = packed[:, start : start + size].reshape(*leaf.shape, leaf.dtype.itemsize)
-        part = part[..., 0] if leaf.dtype.itemsize == 1 else part
-        out.append(jax.lax.bitcast_convert_type(part, leaf.dtype))
-        start += size
+        lanes, width = _lanes(leaf.dtype)
+        size = math.prod(leaf.shape[1:])
+        end = start + -(-size // lanes)
+        parts = [words[:, start:end] >> jnp.uint32(i * width) for i in range(lanes)]
+        bits = jnp.concatenate(parts, axis=1)[:, :size].astype(_unsigned(leaf.dtype))
+        out.append(jax.lax.bitcast_convert_type(bits.reshape(leaf.shape), leaf.dtype))
+        start = end
     return jax.tree.unflatten(tree, out)
+
+
+def _unsigned(dtype: Any) -> Any:
+    size = jnp.dtype(dtype).itemsize
+    check(size in (1, 2, 4), f"experts of {size} bytes per value ({dtype}) cannot be swapped")
+    return {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]
+
+
+def _lanes(dtype: Any) -> tuple[int, int]:
+    """Values per word, bits per value."""
+    size = jnp.dtype(dtype).itemsize
+    return 4 // size, 8 * size

@@ -55,27 +55,8 @@ def swap_experts(
     per swap, all swaps together.
     """
     layers, a, b = (np.atleast_1d(np.asarray(one, np.int32)) for one in (layers, a, b))
-    check(
-        placement.phys_to_log.ndim == 2,
-        "a swap in one layer wants a placement with a leading [L], see `per_layer`",
-    )
-    check(
-        layers.ndim == 1 and layers.shape == a.shape == b.shape and layers.size > 0,
-        f"layers, a and b have shapes {layers.shape}, {a.shape} and {b.shape}",
-    )
-    depth, num_slots = placement.phys_to_log.shape
-    for name, values, size in (("layer", layers, depth), ("slot", np.append(a, b), num_slots)):
-        wrong = values[(values < 0) | (values >= size)]
-        check(wrong.size == 0, f"{name} {wrong[:1].tolist()} is not one of {size}")
-    apart = a != b
-    places = np.append(layers * num_slots + a, (layers * num_slots + b)[apart])
-    ids, counts = np.unique(places, return_counts=True)
-    twice = ids[counts > 1]
-    check(
-        twice.size == 0,
-        f"slot {twice[:1] % num_slots} of layer {twice[:1] // num_slots} is swapped twice",
-    )
     swaps = Swaps(layers=layers, a=a, b=b)
+    _check_swaps(swaps, placement)
     moved = _apply(tree, partial(_swap, swaps=swaps, mesh=mesh), placement, placement, mesh)
     return moved, swapped(placement, layers, a, b)
 
@@ -109,25 +90,31 @@ def per_layer(placement: ExpertPlacement, num_layers: int) -> ExpertPlacement:
     return jax.tree.map(lambda leaf: np.stack([np.asarray(leaf)] * num_layers), placement)
 
 
-def expert_leaves(tree: Any) -> dict[int, list[int]]:
-    """Positions of the leaves under `experts`, by index of their group of layers."""
+def expert_leaves(tree: Any) -> list[tuple[int, list[int]]]:
+    """(first MoE layer, positions of the leaves under `experts`) of every group of layers."""
     groups: dict[int, list[int]] = {}
-    for position, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+    depths: dict[int, int] = {}
+    for position, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
         names = [getattr(key, "name", None) for key in path]
         if "experts" in names:
             index = path[names.index("groups") + 1].idx if "groups" in names else 0
             groups.setdefault(index, []).append(position)
-    return dict(sorted(groups.items()))
+            depths[index] = leaf.shape[0]
+    check(bool(groups), "the tree has no leaf under a field `experts`")
+    return [
+        (sum(depths[other] for other in depths if other < index), groups[index])
+        for index in sorted(groups)
+    ]
 
 
 def _apply(tree: Any, fn: Any, old: ExpertPlacement, new: ExpertPlacement, mesh: Mesh) -> Any:
     """`fn(stacks, specs=...)` on the expert leaves of a tree, a tuple of leaves per group."""
     leaves, structure = jax.tree.flatten(tree)
-    groups = expert_leaves(tree)
-    stacks = tuple(tuple(leaves[i] for i in positions) for positions in groups.values())
+    groups = [positions for _, positions in expert_leaves(tree)]
+    stacks = tuple(tuple(leaves[i] for i in positions) for positions in groups)
     _check(stacks, old, new, mesh.shape[AXIS])
     moved = fn(stacks, specs=tuple(tuple(_spec(leaf) for leaf in stack) for stack in stacks))
-    for positions, stack in zip(groups.values(), moved, strict=True):
+    for positions, stack in zip(groups, moved, strict=True):
         for i, leaf in zip(positions, stack, strict=True):
             leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)
@@ -143,7 +130,6 @@ def _spec(leaf: Any) -> P:
 
 
 def _check(stacks: tuple, old: ExpertPlacement, new: ExpertPlacement, ranks: int) -> None:
-    check(len(stacks) > 0, "the tree has no leaf under a field `experts`")
     check(
         old.num_experts == new.num_experts,
         f"the old placement has {old.num_experts} experts, the new one {new.num_experts}",
@@ -161,6 +147,29 @@ def _check(stacks: tuple, old: ExpertPlacement, new: ExpertPlacement, ranks: int
             leaf.shape[1] == old.num_slots,
             f"a leaf under `experts` has {leaf.shape[1]} rows, the placement {old.num_slots}",
         )
+
+
+def _check_swaps(swaps: Swaps, placement: ExpertPlacement) -> None:
+    layers, a, b = swaps.layers, swaps.a, swaps.b
+    check(
+        placement.phys_to_log.ndim == 2,
+        "a swap in one layer wants a placement with a leading [L], see `per_layer`",
+    )
+    check(
+        layers.ndim == 1 and layers.shape == a.shape == b.shape and layers.size > 0,
+        f"layers, a and b have shapes {layers.shape}, {a.shape} and {b.shape}",
+    )
+    depth, num_slots = placement.phys_to_log.shape
+    for name, values, size in (("layer", layers, depth), ("slot", np.append(a, b), num_slots)):
+        wrong = values[(values < 0) | (values >= size)]
+        check(wrong.size == 0, f"{name} {wrong[:1].tolist()} is not one of {size}")
+    places = np.append(layers * num_slots + a, (layers * num_slots + b)[a != b])
+    ids, counts = np.unique(places, return_counts=True)
+    twice = ids[counts > 1]
+    check(
+        twice.size == 0,
+        f"slot {twice[:1] % num_slots} of layer {twice[:1] // num_slots} is swapped twice",
+    )
 
 
 def _firsts(stacks: tuple) -> list[int]:
@@ -223,13 +232,10 @@ def _index(tree: Any, held: ExpertPlacement, wanted: np.ndarray) -> Any:
     """Rows `wanted` ([Q] or [L, Q]) of every expert leaf, where it lies."""
     leaves, structure = jax.tree.flatten(tree)
     groups = expert_leaves(tree)
-    _check(tuple(tuple(leaves[i] for i in g) for g in groups.values()), held, held, 1)
-    first = 0
-    for positions in groups.values():
-        depth = leaves[positions[0]].shape[0]
-        rows = wanted if wanted.ndim == 1 else wanted[first : first + depth]
-        rows = np.broadcast_to(rows, (depth, rows.shape[-1]))
+    _check(tuple(tuple(leaves[i] for i in g) for _, g in groups), held, held, 1)
+    for first, positions in groups:
+        layers = np.arange(leaves[positions[0]].shape[0])[:, None]
+        rows = wanted[None] if wanted.ndim == 1 else wanted[first + layers[:, 0]]
         for i in positions:
-            leaves[i] = leaves[i][np.arange(depth)[:, None], rows]
-        first += depth
+            leaves[i] = leaves[i][layers, rows]
     return jax.tree.unflatten(structure, leaves)

@@ -23,14 +23,11 @@ def logical_norm(grads: Any, placement: ExpertPlacement) -> jax.Array:
     squares = [jnp.square(leaf.astype(jnp.float32)) for leaf in leaves]
     slots, counts = (jnp.asarray(x) for x in (placement.phys_to_log, placement.num_replicas))
     share = 1 / jnp.take_along_axis(counts, slots, axis=-1).astype(jnp.float32)  # [P] or [L, P]
-    first = 0
-    for positions in expert_leaves(grads).values():
+    for first, positions in expert_leaves(grads):
         depth = leaves[positions[0]].shape[0]
-        here = share if share.ndim == 1 else share[first : first + depth]
-        here = jnp.broadcast_to(here, (depth, share.shape[-1]))
+        here = share[None] if share.ndim == 1 else share[first : first + depth]
         for i in positions:
             squares[i] = here * squares[i].sum(tuple(range(2, squares[i].ndim)))
-        first += depth
     return jnp.sqrt(sum((square.sum() for square in squares), jnp.float32(0)))
 
 

@@ -84,10 +84,10 @@ def held(tree, placement):
 SPEC = P(None, "expert")
 
 
-def on_mesh(tree, spec=SPEC):
+def on_mesh(tree, spec=SPEC, mesh=MESH):
     def put(path, leaf):
         is_expert = any(getattr(key, "name", None) == "experts" for key in path)
-        return jax.device_put(leaf, NamedSharding(MESH, spec if is_expert else P()))
+        return jax.device_put(leaf, NamedSharding(mesh, spec if is_expert else P()))
 
     return jax.tree_util.tree_map_with_path(put, tree)
 
@@ -129,12 +129,13 @@ def test_relocation_is_a_permutation_to_the_bit_and_compiles_once():
 
 
 def test_a_checkpoint_restores_under_another_placement(tmp_path):
-    """Saved in logical order from a mesh that splits one more dim over `data`."""
+    """Saved in logical order from a mesh that splits one more dim over `data`, axes explicit."""
+    mesh = make_mesh(data=2, expert=RANKS, axis_type="explicit")
     one, other = (jax.tree.map(lambda leaf: leaf[:2], p) for p in placements()[1:])
     weights = np.concatenate([state()["params"].groups[0].experts["w"]] * 2, axis=-1)
     tree = {"params": Layers(experts=weights, w_router=np.ones(3, np.float32))}
     spec = P(None, "expert", None, "data")
-    saved = to_logical(on_mesh(held(tree, one), spec), one, MESH)
+    saved = to_logical(on_mesh(held(tree, one), spec, mesh), one, mesh)
     assert_same_bytes(saved, tree)
     assert saved["params"].experts.sharding.spec == spec
     with manager.open_manager(tmp_path) as opened:
@@ -145,7 +146,7 @@ def test_a_checkpoint_restores_under_another_placement(tmp_path):
             saved,
         )
         restored = manager.restore(opened, 1, shapes)
-    assert_same_bytes(to_physical(restored, other, MESH), held(tree, other))
+    assert_same_bytes(to_physical(restored, other, mesh), held(tree, other))
 
 
 def test_swaps_move_bytes_and_compile_once_per_number():
