@@ -54,7 +54,7 @@ def strategies():
     exchange = all_to_all(**options, capacity=FITS_ALL)
     levels = hierarchical(**options, levels=("data", "expert"))
     return {
-        "gather": (layout(2, 4), gathered, "expert", round_robin),
+        "gather": (layout(2, 4, axis_type="explicit"), gathered, "expert", round_robin),
         "all_to_all": (flat, exchange, "expert", local_first),
         "ragged": (flat, ragged(**options), "expert", least_tokens),
         "hierarchical": (nested, levels, ("data", "expert"), aebs),
