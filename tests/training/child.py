@@ -14,6 +14,7 @@ import time
 
 import tests.conftest  # noqa: F401  (devices and strict flags, as in the tests)
 from moejax.core.overlay import overlay
+from moejax.data import source
 from moejax.training import loop
 from tests.training.helpers import text_bytes, tiny_model, tiny_train
 
@@ -23,7 +24,7 @@ def kill() -> None:
 
 
 def kill_at_step(folder: pathlib.Path, step: int, complete: str) -> None:
-    real = loop.batch
+    real = source.batch
 
     def batch(data, seed, at, **shape):
         while at == step and not (folder / complete).exists():
@@ -32,7 +33,7 @@ def kill_at_step(folder: pathlib.Path, step: int, complete: str) -> None:
             kill()
         return real(data, seed, at, **shape)
 
-    loop.batch = batch
+    source.batch = batch
 
 
 def kill_at_write(folder: pathlib.Path, step: int) -> None:
