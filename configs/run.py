@@ -1,0 +1,83 @@
+"""What a config of `experiments/train.py` consists of; each file beside this one may make one."""
+
+import dataclasses
+from typing import Literal
+
+from moejax.core.errors import check
+from moejax.data.text import TextConfig
+from moejax.layers.moe import MoEConfig
+from moejax.models.config import DecoderConfig, moe_decoder
+from moejax.routing.config import RouterConfig
+from moejax.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The knobs of a decoder over bytes whose layers are all equal MoE layers."""
+
+    num_layers: int
+    d_model: int
+    d_ff: int  # of one expert
+    num_experts: int
+    top_k: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    shared_d_ff: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def decoder(self) -> DecoderConfig:
+        """Raises `InputError` where the knobs do not fit together."""
+        router = RouterConfig(num_experts=self.num_experts, top_k=self.top_k)
+        return moe_decoder(
+            vocab_size=256,
+            d_model=self.d_model,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            moe=MoEConfig(d_ff=self.d_ff, router=router, shared_d_ff=self.shared_d_ff),
+            embed_scale=self.d_model**0.5,
+            dtype=self.dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis, those of all processes together."""
+
+    data: int = 1
+    expert: int = 1
+    model: int = 1
+
+    def __post_init__(self):
+        for axis, size in dataclasses.asdict(self).items():
+            check(size >= 1, f"mesh axis {axis}={size} must be at least 1")
+
+    @property
+    def size(self) -> int:
+        return self.data * self.expert * self.model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that `--set` reaches.
+
+    Attributes:
+        log_steps: how often metrics go to tensorboard; the log in the checkpoint has every step.
+        eval_steps: how often held-out text is scored and the load of every expert is recorded.
+        eval_batches: batches of held-out text that are scored.
+    """
+
+    data: TextConfig = TextConfig()
+    model: ModelConfig
+    train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
+    log_steps: int = 10
+    eval_steps: int = 100
+    eval_batches: int = 4
+
+    def __post_init__(self):
+        for name in ("log_steps", "eval_steps", "eval_batches"):
+            value = getattr(self, name)
+            check(value >= 1, f"{name}={value} must be at least 1")

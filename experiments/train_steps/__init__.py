@@ -1,0 +1,1 @@
+"""The parts of `experiments/train.py`, one file each."""
