@@ -1,4 +1,4 @@
-"""A byte-level mixture of experts on the Python standard library's source, 4.6 million parameters.
+"""A byte-level mixture of experts on the Python standard library's source, 3.5 million parameters.
 
     python -m experiments.train --config=configs/byte_moe.py --workdir=workdir/byte_moe
     python -m experiments.train --config=configs/byte_moe.py --set mesh.expert=2 --set mesh.data=2

@@ -29,6 +29,7 @@ from moejax.data.text import Corpus, load_corpus
 from moejax.models.config import DecoderConfig
 from moejax.training.heldout import heldout_starts
 from moejax.training.loop import TrainResult, train
+from moejax.training.sharding import check_mesh
 
 CONFIG = flags.DEFINE_string("config", "configs/byte_moe.py", "Python file with get_config()")
 WORKDIR = flags.DEFINE_string("workdir", "workdir/train", "folder for checkpoints and metrics")
@@ -49,6 +50,10 @@ def main() -> None:
     model, corpus = cfg.model.decoder(), load_corpus(cfg.data)
     source = make_source(cfg, corpus)
     heldout_starts(corpus.heldout.data, cfg.train, cfg.eval_batches)
+    sizes = dataclasses.asdict(cfg.mesh)
+    # No devices yet: what does not divide is refused before the other processes are joined.
+    planned = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_mesh(planned, model, cfg.train)  # pyrefly: ignore[bad-argument-type]
     launch.join(cfg.mesh.size)
     figures = run(cfg, model, source, corpus.heldout.data, workdir)
     if jax.process_index() == 0:

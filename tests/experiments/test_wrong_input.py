@@ -179,6 +179,45 @@ DISPATCH = [
     case("too few rounds", "--rounds=1", "--rounds=1: 1 is not integer >= 3"),
     case("json is a folder", "--json={out}", "cannot write {out}: it is a folder"),
 ]
+TRAIN = [
+    sets("model.d_ff=0", "d_ff=0 must be at least 1"),
+    sets("mesh.expert=0", "--set mesh.expert: mesh axis expert=0 must be at least 1"),
+    sets("eval_batches=99999", "eval_batches=99999 of batch_size=8 want 799992"),
+    sets(
+        "train.seq_len=16 eval_batches=1 mesh.expert=3",
+        "num_experts=16 is not divisible by expert axis size 3",
+    ),
+    sets(
+        "train.seq_len=16 eval_batches=1 mesh.data=16",
+        "batch_size=8 is not divisible by data * expert = 16 ranks",
+    ),
+    sets("train.seq_len=99999", "are 0 windows of seq_len=99999, one batch wants batch_size=8"),
+    case("no config", "--config=configs/no.py", "--config=configs/no.py is not a Python file"),
+    case("config of another", "--config=configs/quickstart.py", "QuickstartConfig, no RunConfig"),
+    case("config that fails", "--config={files}/text/0.py", "has no attribute 'get_config'"),
+    case("workdir is a file", "--workdir={files}/empty.txt", "{files}/empty.txt is not a writable"),
+    case("count alone", "--num_processes=2", "--num_processes=2 wants --coordinator=host:port"),
+    case(
+        "auto with an id", "--coordinator=auto --process_id=0", "--process_id=0 wants", "got auto"
+    ),
+    case("no port", "--coordinator=a", "--coordinator=a is neither auto nor host:port"),
+    case("no id", "--coordinator=a:1 --num_processes=1", "wants --num_processes and --process_id"),
+    case(
+        "id too large",
+        "--coordinator=a:1 --num_processes=1 --process_id=1",
+        "--process_id=1 is not below --num_processes=1",
+    ),
+    case(
+        "devices do not divide",
+        "--coordinator=a:1 --num_processes=3 --process_id=1 --set=mesh.data=4",
+        "a mesh of 4 devices is not divisible by --num_processes=3",
+    ),
+    case(
+        "no cluster",
+        "--coordinator=auto --data={files}/text --set=train.seq_len=16 --set=eval_batches=1",
+        "--coordinator=auto: ",
+    ),
+]
 PROGRAMS = {
     "experiments.quickstart": QUICKSTART,
     "experiments.replay_trace": REPLAY,
@@ -186,6 +225,7 @@ PROGRAMS = {
     "experiments.bench.offloaded_step": OFFLOADED_STEP,
     "experiments.bench.moe_layer": MOE_LAYER,
     "experiments.bench.dispatch": DISPATCH,
+    "experiments.train": TRAIN,
 }
 
 
