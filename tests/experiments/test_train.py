@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import pickle
 import struct
@@ -17,7 +18,7 @@ from moejax.core.mesh import make_mesh
 from moejax.data.text import load_corpus
 from moejax.training.run_log import COLUMNS
 from moejax.training.state import init_state
-from tests.experiments.train_steps.runs import TINY, finish, start, tiny_run, write_text
+from tests.experiments.train_steps.runs import CHILD, TINY, finish, start, tiny_run, write_text
 
 HEARTBEAT_SECS = 3
 
@@ -35,6 +36,10 @@ def run_here(text, workdir):
     return run(cfg, cfg.model.decoder(), make_source(cfg, corpus), corpus.heldout.data, workdir)
 
 
+def flags_of(text, workdir):
+    return [*(f"--set={item}" for item in TINY), f"--data={text}", f"--workdir={workdir}"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fallen:
     """A run of two processes of which the second killed itself after its third step."""
@@ -48,9 +53,8 @@ class Fallen:
 @pytest.fixture(scope="module")
 def fallen(text):
     workdir, file = text.parent / "two", text.parent / "params"
-    flags = [f"--set={item}" for item in TINY]
-    flags += [f"--data={text}", f"--workdir={workdir}", f"--heartbeat_secs={HEARTBEAT_SECS}"]
-    ended = finish(start(2, ["train", str(file)], flags))
+    flags = [*flags_of(text, workdir), f"--heartbeat_secs={HEARTBEAT_SECS}"]
+    ended = finish(start(2, CHILD, ["train", str(file), *flags]))
     assert file.exists(), ended[0][1][-3000:]
     statuses, outputs = zip(*ended, strict=True)
     params = pickle.loads(file.read_bytes())
@@ -123,3 +127,15 @@ def test_only_the_first_process_writes_metrics(fallen, text):
     run_here(text, fallen.workdir)
     files = list((fallen.workdir / "tensorboard").iterdir())
     assert len(files) == 2  # of the two processes together, and of the one that continued
+
+
+@pytest.mark.full
+def test_four_processes_are_the_same_run(text, tmp_path):
+    report = tmp_path / "report.json"
+    flags = [*flags_of(text, tmp_path / "four"), f"--json={report}"]
+    for status, output in finish(start(4, "experiments.train", flags)):
+        assert status == 0, output[-3000:]
+    whole, four = run_here(text, text.parent / "one"), json.loads(report.read_text())["figures"]
+    assert four["num_processes"] == 4
+    np.testing.assert_allclose(four["cross_entropy"], whole["cross_entropy"], rtol=1e-6)
+    assert four["expert_load"] == whole["expert_load"] and four["traffic"] == whole["traffic"]

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,19 +10,18 @@ from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.training.evaluate import evaluate
 from moejax.training.heldout import heldout_starts, score_heldout
-from moejax.training.state import init_state
+from moejax.training.sharding import state_shardings
 from tests.training.helpers import text_bytes, tiny_model, tiny_train
 
 MODEL, CFG = tiny_model(), tiny_train(batch_size=4)
 
 
-def test_bits_and_load_are_those_of_one_device():
+def test_bits_and_load_are_those_of_one_device(params):
     data, mesh = text_bytes()[:400], make_mesh(data=2, expert=2)
-    params = init_state(MODEL, CFG).params
     starts = heldout_starts(data, CFG, 2)
     assert len(set(starts.tolist())) == 8
     bits, load = evaluate(params, data, starts, MODEL, seq_len=CFG.seq_len, batch_size=8)
-    sharded = init_state(MODEL, CFG, mesh).params
+    sharded = jax.device_put(params, state_shardings(params, mesh, CFG))
     nats, got = score_heldout(sharded, data, MODEL, CFG, mesh, num_batches=2)
     np.testing.assert_allclose(nats / math.log(2), bits, rtol=1e-6)
     np.testing.assert_array_equal(got, load)

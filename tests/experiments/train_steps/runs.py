@@ -17,6 +17,7 @@ TINY = (
     "train.horizon_steps=4 train.checkpoint_steps=2 mesh.data=2 mesh.expert=4 "
     "log_steps=1 eval_steps=2 eval_batches=1"
 ).split()
+CHILD = "tests.experiments.train_steps.process_child"
 # Compiles in a third of the time.
 FLAGS = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
@@ -35,17 +36,17 @@ def write_text(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def start(count: int, task: list[str], flags: list[str]) -> list[subprocess.Popen]:
-    """`count` processes of `process_child` that find each other."""
+def start(count: int, module: str, args: list[str]) -> list[subprocess.Popen]:
+    """`count` processes of a program that find each other."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16", "XLA_FLAGS": FLAGS}
-    child = [sys.executable, "-m", "tests.experiments.train_steps.process_child", *task]
-    flags = [*flags, f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+    command = [sys.executable, "-m", module, *args]
+    command += [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     return [
         subprocess.Popen(
-            [*child, *flags, f"--process_id={i}"],
+            [*command, f"--process_id={i}"],
             env=env,
             cwd=ROOT,
             stdout=subprocess.PIPE,

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from tests.dispatch.cases import check_exact, inputs, routings
-from tests.experiments.train_steps.runs import finish, start
+from tests.experiments.train_steps.runs import CHILD, finish, start
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ def test_dispatch_over_processes_equals_the_reference(tmp_path, count, data, exp
     file, idx = tmp_path / "arrays", routings()["uniform"]
     file.write_bytes(pickle.dumps((*jax.device_get(inputs()), idx)))
     task = ["dispatch", str(file), str(data), str(expert), names]
-    for status, output in finish(start(count, task, ["--heartbeat_secs=60"])):
+    for status, output in finish(start(count, CHILD, [*task, "--heartbeat_secs=60"])):
         assert status == 0, output[-3000:]
     results = pickle.loads(file.read_bytes())
     assert ",".join(results) == names
