@@ -17,6 +17,7 @@ from moejax.offload.prefetch import fetch
 from moejax.offload.preload import preload
 from moejax.offload.stage import OffloadConfig, init_state, offloaded
 from moejax.offload.store import flatten, to_host
+from tests.exact import exact_jit
 
 L, E, D, F = 2, 8, 16, 12
 
@@ -60,7 +61,7 @@ def test_bits_and_counts(experts, cfg, tokens):
     store = to_host(experts, make_mesh())
     rng = np.random.default_rng(1)
 
-    @jax.jit
+    @exact_jit
     def both(store, experts, x, routing, layer, state):
         ours, state, counts = offloaded(store, cfg)(x, routing, None, layer, state)
         theirs, _, _ = stacked(experts)(x, routing, None, layer, None)
@@ -104,7 +105,7 @@ def test_prefetched_experts_serve_a_layer_that_wants_more_than_its_slots(
     def scorer(x, routing, layer, state):
         return state, state  # the test is the predictor
 
-    @jax.jit
+    @exact_jit
     def both(store, experts, x, routing, layer, state):
         stage = offloaded(store, cfg, scorer=scorer)
         ours, state, counts = stage(x, routing, None, layer, state)
@@ -158,7 +159,7 @@ def test_landed_experts_wait_for_slots_that_hold_wanted_ones(experts, arrived, i
     x = jnp.linspace(-1, 1, 2 * D, dtype=jnp.float32).reshape(2, D)
     routing, layer = routing_of(idx), jnp.int32(1)
 
-    @jax.jit
+    @exact_jit
     def run(store, experts):
         state = init_state(store, cfg)
         cache = preload(state.cache, store, E + jnp.arange(5, dtype=jnp.int32))
@@ -186,7 +187,7 @@ def test_bfloat16_cache_is_written_in_place(experts):
         ours, state, _ = offloaded(store, cfg)(x, routing, None, jnp.int32(1), state)
         return ours, stacked(half)(x, routing, None, jnp.int32(1), None)[0], state
 
-    run = jax.jit(step, donate_argnums=2).lower(store, half, init_state(store, cfg)).compile()
+    run = exact_jit(step, donate_argnums=2).lower(store, half, init_state(store, cfg)).compile()
     ours, theirs, state = run(store, half, init_state(store, cfg))
     np.testing.assert_array_equal(ours.astype(jnp.float32), theirs.astype(jnp.float32))
     assert sorted(int(g) for g in state.cache.table.granule_of if g >= 0) == [8, 9, 10, 13, 15]

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.core.mesh import make_mesh
 from moejax.kernels.chunks import pick_sizes, plan_chunks, zero_tail
 from moejax.kernels.grouped_ffn import GatedWeights, blocked, reference, run_chunks
+from tests.exact import exact_jit
 from tests.kernels.cases import (
     NUM_GROUPS,
     NUM_ROWS,
@@ -146,7 +147,7 @@ def test_non_finite_rows_stay_with_their_expert(key):
         np.testing.assert_array_equal(clean[1][0][keep], dirty[1][0][keep])
 
 
-@functools.partial(jax.jit, static_argnames="sizes")
+@functools.partial(exact_jit, static_argnames="sizes")
 def run_in_two_calls(xs, stack, group_sizes, group_rows, cut, *, sizes):
     plan = plan_chunks(group_sizes, sizes=sizes, num_rows=xs.shape[0])
     padded = jnp.pad(xs, ((0, sizes[-1]), (0, 0)))
