@@ -2,6 +2,7 @@
 
 import datetime
 import errno
+import functools
 import glob
 import importlib.metadata
 import json
@@ -23,8 +24,12 @@ Rung = Literal["numerics", "schedule", "time", "simulated"]
 flags.disclaim_key_flags()  # what is defined below counts as the calling program's, for --help
 
 
+@functools.cache
 def define_set() -> flags.FlagHolder:
-    """The flag `--set`, for programs that have a config; unknown to the others."""
+    """The flag `--set`, for programs that have a config; unknown to the others.
+
+    One flag, however many of these programs a process imports.
+    """
     return flags.DEFINE_multi_string("set", [], "config override such as model.num_experts=64")
 
 
