@@ -10,25 +10,18 @@ need to see the same `--workdir`. See docs/training.md.
 
 import dataclasses
 import pathlib
-from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
-from configs.run import RunConfig
 from experiments import cli
 from experiments.train_steps import launch
 from experiments.train_steps.load_config import load_config
-from experiments.train_steps.record import Recorder
+from experiments.train_steps.run import make_source, run
 from moejax.core.errors import check
-from moejax.core.mesh import make_mesh
 from moejax.core.overlay import overlay
-from moejax.data.epochs import ShuffledWindows
-from moejax.data.text import Corpus, load_corpus
-from moejax.models.config import DecoderConfig
+from moejax.data.text import load_corpus
 from moejax.training.heldout import heldout_starts
-from moejax.training.loop import TrainResult, train
 from moejax.training.sharding import check_mesh
 
 CONFIG = flags.DEFINE_string("config", "configs/byte_moe.py", "Python file with get_config()")
@@ -58,55 +51,6 @@ def main() -> None:
     figures = run(cfg, model, source, corpus.heldout.data, workdir)
     if jax.process_index() == 0:
         cli.write_report("train", "time", figures)
-
-
-def make_source(cfg: RunConfig, corpus: Corpus) -> ShuffledWindows:
-    """The training text in epochs."""
-    return ShuffledWindows(
-        data=corpus.train.data,
-        seed=cfg.train.seed,
-        batch_size=cfg.train.batch_size,
-        seq_len=cfg.train.seq_len,
-    )
-
-
-def run(
-    cfg: RunConfig,
-    model: DecoderConfig,
-    source: ShuffledWindows,
-    heldout: np.ndarray,
-    workdir: pathlib.Path,
-) -> dict[str, Any]:
-    """Trains to the end, or continues; returns the report's figures."""
-    mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
-    with Recorder(cfg, model, mesh, heldout, workdir / "tensorboard") as recorder:
-        result = train(
-            source,
-            model,
-            cfg.train,
-            path=workdir / "checkpoints",
-            mesh=mesh,
-            show_progress=jax.process_index() == 0,
-            hooks=recorder.hooks(),
-        )
-        score = recorder.score(result.state)
-    return {
-        "num_processes": jax.process_count(),
-        "mesh": dataclasses.asdict(cfg.mesh),
-        "resumed_step": result.resumed_step,
-        "cross_entropy": result.history["cross_entropy"].tolist(),
-        "tokens_per_s": tokens_per_s(cfg, result),
-        "heldout_bits": score["bits"],
-        "expert_load": score["expert_load"].tolist(),
-        "traffic": recorder.traffic and dataclasses.asdict(recorder.traffic),
-    }
-
-
-def tokens_per_s(cfg: RunConfig, result: TrainResult) -> float | None:
-    """Of the steps of this call, evaluation included; None where it took fewer than two."""
-    elapsed = result.history["elapsed_secs"][result.resumed_step :]
-    tokens = (len(elapsed) - 1) * cfg.train.batch_size * cfg.train.seq_len
-    return tokens / (elapsed[-1] - elapsed[0]) if tokens > 0 else None
 
 
 if __name__ == "__main__":

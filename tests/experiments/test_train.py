@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from experiments.train import make_source, run
+from experiments.train_steps.run import make_source, run
 from moejax.checkpoint import manager as checkpoints
 from moejax.core.mesh import make_mesh
 from moejax.data.text import load_corpus

@@ -88,13 +88,14 @@ def faulty(file: str, workdir: pathlib.Path, hooks):
 
 def run_training(file: str) -> None:
     from experiments import cli, train
+    from experiments.train_steps import run
 
-    real = train.train
+    real = run.train
 
     def dying(*args, path, hooks, **rest):
         return real(*args, path=path, hooks=faulty(file, path.parent, hooks), **rest)
 
-    train.train = dying
+    run.train = dying
     cli.run(train.main)
 
 
