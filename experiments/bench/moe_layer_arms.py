@@ -9,6 +9,7 @@ Axis letters:
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,8 @@ def place(
 
 def _weight_specs(mesh: Mesh) -> GatedWeights:
     column = P(None, None, mesh.axis_names)
-    return GatedWeights(w_gate=column, w_up=column, w_down=P(None, mesh.axis_names))
+    row = P(None, mesh.axis_names)
+    return GatedWeights(**dict[str, Any](w_gate=column, w_up=column, w_down=row))
 
 
 def ragged_ffn(xs: jax.Array, weights: GatedWeights, group_sizes: jax.Array) -> jax.Array:

@@ -38,10 +38,11 @@ class Target:
 
 def _targets() -> dict[str, Target]:
     # generation -> libtpu's name, devices per chip, topologies
+    cubes = ("4x4x8", "4x8x8", "8x8x8")
     known = {
-        "v5e": ("v5e", 1, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8")),
-        "v6e": ("v6e", 1, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8")),
-        "v5p": ("v5p", 1, ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "4x4x4")),
+        "v5e": ("v5e", 1, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+        "v6e": ("v6e", 1, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+        "v5p": ("v5p", 1, ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "4x4x4", *cubes)),
         "7x": ("tpu7x", 2, ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "4x4x4")),
     }
     targets = {}

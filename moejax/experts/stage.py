@@ -11,6 +11,7 @@ Axis letters:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -73,25 +74,35 @@ def resident_counts(group_sizes: jax.Array) -> StageCounts:
     )
 
 
-def resident(
-    x: jax.Array,
-    routing: Routing,
-    weights: GatedWeights | None,
-    layer: jax.Array,
-    state: Any,
-) -> tuple[jax.Array, Any, StageCounts]:
-    """All experts on this device: sort rows by expert, run the grouped kernel. Dropless."""
-    assert weights is not None, "the resident stage wants the layer's experts"
-    del layer
-    num_experts = weights.w_gate.shape[0]
-    with jax.named_scope("moe_permute"):
-        permutation = sort_by_group(routing.topk_idx, num_experts)
-        rows = permute(x, permutation, routing.topk_idx.shape[1])
-    with jax.named_scope("moe_experts"):
-        outputs = grouped_ffn(rows, weights, permutation.group_sizes)
-    with jax.named_scope("moe_unpermute"):
-        y = ungroup(outputs, permutation, routing.topk_idx.shape[1])
-    return y, state, resident_counts(permutation.group_sizes)
+def resident_by(ffn: Callable[[jax.Array, GatedWeights, jax.Array], jax.Array]) -> Stage:
+    """All experts on this device: sort rows by expert, run `ffn`, sort back. Dropless.
+
+    `ffn` takes rows [N, D] sorted by expert, the weights, and int32 [E] rows per expert.
+    """
+
+    def stage(
+        x: jax.Array,
+        routing: Routing,
+        weights: GatedWeights | None,
+        layer: jax.Array,
+        state: Any,
+    ) -> tuple[jax.Array, Any, StageCounts]:
+        assert weights is not None, "the resident stage wants the layer's experts"
+        del layer
+        num_experts = weights.w_gate.shape[0]
+        with jax.named_scope("moe_permute"):
+            permutation = sort_by_group(routing.topk_idx, num_experts)
+            rows = permute(x, permutation, routing.topk_idx.shape[1])
+        with jax.named_scope("moe_experts"):
+            outputs = ffn(rows, weights, permutation.group_sizes)
+        with jax.named_scope("moe_unpermute"):
+            y = ungroup(outputs, permutation, routing.topk_idx.shape[1])
+        return y, state, resident_counts(permutation.group_sizes)
+
+    return stage
+
+
+resident = resident_by(grouped_ffn)
 
 
 def stacked(experts: GatedWeights, *, axis: str | None = None) -> Stage:
