@@ -5,6 +5,7 @@ import pytest
 from moejax.core.errors import InputError
 from moejax.dispatch.all_to_all import all_to_all, slots_per_group
 from moejax.dispatch.slots import FITS_ALL, Capacity
+from moejax.experts.stage import reference
 from tests.dispatch.cases import E, check_exact, compiled, first_come, layout, routings
 
 LAYOUTS = {
@@ -22,8 +23,8 @@ def make(where, **kwargs):
     "name, options",
     [
         ("1x8", {"lowering": "shifted"}),
-        ("2x4", {"per": "rank"}),
-        ("2x4_explicit", {}),
+        ("2x4", {"per": "rank", "inner": reference}),
+        ("2x4_explicit", {"inner": reference}),
     ],
 )
 def test_with_room_for_all_it_equals_the_reference(name, options):
@@ -36,7 +37,8 @@ def test_with_room_for_all_it_equals_the_reference(name, options):
 @pytest.mark.parametrize("per, slots", [("expert", 2), ("rank", 7)])
 def test_what_does_not_fit_is_dropped_in_token_order_and_counted(per, slots):
     where = layout(2, 4)
-    run = compiled(make(where, capacity=Capacity(slots=slots), per=per), where)
+    stage = make(where, capacity=Capacity(slots=slots), per=per, inner=reference)
+    run = compiled(stage, where)
     counts = []
     for idx in routings().values():
         group = idx if per == "expert" else idx // (E // where.ranks)

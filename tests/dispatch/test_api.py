@@ -125,6 +125,7 @@ def test_all_at_once():
         num_experts=E,
         levels=("node", ("board", "chip")),
         token_axes=where.token_axes,
+        inner=reference,
         capacity=Capacity(factor=1.0),
         num_chunks=2,
         fall_back=True,

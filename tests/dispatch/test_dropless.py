@@ -4,6 +4,7 @@ from moejax.dispatch.all_to_all import all_to_all
 from moejax.dispatch.dropless import dropless
 from moejax.dispatch.gather import gather
 from moejax.dispatch.slots import Capacity
+from moejax.experts.stage import reference
 from tests.dispatch.cases import (
     E,
     balanced_routing,
@@ -17,7 +18,7 @@ from tests.dispatch.cases import (
 
 def test_it_falls_back_only_when_something_overflows():
     where = layout(1, 8)
-    options = {"num_experts": E, "token_axes": where.token_axes}
+    options = {"num_experts": E, "token_axes": where.token_axes, "inner": reference}
     capacity = Capacity(slots=6)
     run = compiled(dropless(all_to_all(**options, capacity=capacity), gather(**options)), where)
     fell_back = []

@@ -10,6 +10,7 @@ from moejax.core.errors import InputError
 from moejax.core.structs import Routing
 from moejax.dispatch.hierarchical import expected_rows, hierarchical, send
 from moejax.dispatch.slots import FITS_ALL, Capacity
+from moejax.experts.stage import reference, resident
 from tests.dispatch.cases import E, check_exact, compiled, cube, layout, routings
 
 LAYOUTS = {
@@ -40,11 +41,19 @@ def sent_rows(where, levels, idx, capacities, num_experts=E):
     return rows.tolist(), dropped.tolist()
 
 
-@pytest.mark.parametrize("name", ["flat 1x8", "two levels 2x4", "three levels 2x2x2"])
-def test_with_room_for_all_it_equals_the_reference(name):
+@pytest.mark.parametrize(
+    "name, inner",
+    [
+        ("flat 1x8", resident),
+        ("two levels 2x4", reference),
+        ("three levels 2x2x2", reference),
+    ],
+)
+def test_with_room_for_all_it_equals_the_reference(name, inner):
     make_layout, levels = LAYOUTS[name]
     where = make_layout()
-    run = compiled(hierarchical(num_experts=E, levels=levels, token_axes=where.token_axes), where)
+    options = {"num_experts": E, "levels": levels, "token_axes": where.token_axes}
+    run = compiled(hierarchical(**options, inner=inner), where)
     for idx in routings().values():
         check_exact(run, idx)
 
@@ -100,7 +109,11 @@ def test_drops_are_counted_at_every_level_and_the_rest_is_exact():
     where, levels, slots = cube(), ("node", "board", "chip"), (7, 9, 8)
     capacities = tuple(Capacity(slots=n) for n in slots)
     stage = hierarchical(
-        num_experts=E, levels=levels, token_axes=where.token_axes, capacity=capacities
+        num_experts=E,
+        levels=levels,
+        token_axes=where.token_axes,
+        capacity=capacities,
+        inner=reference,
     )
     run = compiled(stage, where)
     for idx in routings().values():

@@ -14,12 +14,13 @@ from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.dispatch.gather import gather
 from moejax.dispatch.materialize import gather_experts, hottest, materialize
+from moejax.experts.stage import reference
 from tests.dispatch.cases import E, check_exact, compiled, layout, routings
 
 
 def test_with_a_dispatch_for_the_rest_it_equals_the_reference():
     where = layout(2, 4)
-    rest = gather(num_experts=E, token_axes=where.token_axes)
+    rest = gather(num_experts=E, token_axes=where.token_axes, inner=reference)
     stage = materialize(rest, num_experts=E, num_copies=3, token_axes=where.token_axes)
     run = compiled(stage, where)
     for idx in routings().values():
@@ -28,7 +29,7 @@ def test_with_a_dispatch_for_the_rest_it_equals_the_reference():
 
 def test_without_one_the_rest_is_counted():
     where = layout(1, 8)
-    stage = materialize(num_experts=E, num_copies=5, token_axes=where.token_axes)
+    stage = materialize(num_experts=E, num_copies=5, token_axes=where.token_axes, inner=reference)
     run = compiled(stage, where)
     # All tokens choose among five experts: the copies serve everything.
     metrics = check_exact(run, routings()["empty_experts"])

@@ -10,6 +10,7 @@ from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.dispatch.ragged import Pieces, cut_pieces, ragged, ragged_exchange
 from moejax.dispatch.slots import Capacity
+from moejax.experts.stage import reference
 from tests.dispatch.cases import E, check_exact, compiled, layout, routings
 
 
@@ -39,7 +40,12 @@ def overflow(idx: np.ndarray, ranks: int, groups: int, rows: int) -> np.ndarray:
 
 def test_a_full_buffer_drops_the_last_and_counts_them():
     where = layout(2, 4)
-    stage = ragged(num_experts=E, token_axes=where.token_axes, capacity=Capacity(slots=24))
+    stage = ragged(
+        num_experts=E,
+        token_axes=where.token_axes,
+        capacity=Capacity(slots=24),
+        inner=reference,
+    )
     run = compiled(stage, where)
     for idx in routings().values():
         lost = overflow(idx, ranks=4, groups=2, rows=24)
