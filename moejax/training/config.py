@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from moejax.core.errors import check, check_seed
+from moejax.dispatch.config import DispatchConfig
 
 MemoryKind = Literal["device", "pinned_host"]
 
@@ -24,6 +25,7 @@ class TrainConfig:
         warmup_fraction: share of the horizon in which the learning rate rises linearly from zero.
         final_fraction: share of the peak at which its cosine ends.
         load_balancing_weight, router_z_weight: of the auxiliary losses, averaged over layers.
+        dispatch: how tokens reach experts, on a mesh.
         fully_sharded: on a mesh, weights and optimizer state are split over all ranks instead of
             copied; see `moejax.training.sharding`.
         experts_memory: where experts and their optimizer state lie between steps, on a mesh.
@@ -46,6 +48,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     load_balancing_weight: float = 0.01
     router_z_weight: float = 0.0
+    dispatch: DispatchConfig = DispatchConfig()
     fully_sharded: bool = False
     experts_memory: MemoryKind = "device"
 

@@ -23,6 +23,7 @@ class LossMetrics:
     load_balancing_loss: jax.Array  # float32 [], 1.0 when balanced
     router_z_loss: jax.Array  # float32 []
     expert_load: jax.Array  # int32 [L, E]
+    assignments_dropped: jax.Array  # int32 [], of all layers
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -52,6 +53,7 @@ def train_loss(
         load_balancing_loss=output.metrics.load_balancing_loss.mean(),
         router_z_loss=output.metrics.router_z_loss.mean(),
         expert_load=output.metrics.expert_load,
+        assignments_dropped=output.metrics.assignments_dropped.sum(),
     )
     loss = (
         metrics.cross_entropy

@@ -13,7 +13,7 @@ from moejax.training.state import StepMetrics
 
 COLUMNS = (*(field.name for field in dataclasses.fields(StepMetrics)), "elapsed_secs")
 # May change when a run continues: how often it saves, and where its arrays lie.
-FREE = ("checkpoint_secs", "checkpoint_steps", "fully_sharded", "experts_memory")
+FREE = ("checkpoint_secs", "checkpoint_steps", "dispatch", "fully_sharded", "experts_memory")
 
 
 @dataclasses.dataclass(kw_only=True)

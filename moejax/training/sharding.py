@@ -1,16 +1,17 @@
 """Where a training state lives on a mesh, and the loss that every rank computes its part of.
 
-Tokens are split over `data` and `expert`, experts over `expert`, heads and hidden dims over `model`
-(`moejax.layers.parallel`). With `cfg.fully_sharded` all weights are also split along the model dim:
-dense ones over `data` and `expert`, experts over `data`. A layer's are gathered when it starts,
-again in the backward pass, and its gradients are reduce-scattered (ZeRO-3, arXiv 1910.02054). The
-optimizer state lies where its weights do.
+Tokens are split over `data` and `expert`, experts over `expert` (or both: `cfg.dispatch`), heads
+and hidden dims over `model` (`moejax.layers.parallel`). With `cfg.fully_sharded` all weights are
+also split along the model dim: dense ones over `data` and `expert`, experts over `data`. A layer's
+are gathered when it starts, again in the backward pass, and its gradients are reduce-scattered
+(ZeRO-3, arXiv 1910.02054). The optimizer state lies where its weights do.
 
 Axis letters:
     B  batch    S  positions    L  layers    V  vocabulary    D  model dim    E  experts
     H  heads or KV heads    A  head dim    F  hidden dim
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.core.errors import check
-from moejax.core.mesh import check_divisible
-from moejax.dispatch.gather import gather
 from moejax.layers.parallel import Parallel
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
@@ -49,7 +48,13 @@ DIMS = {
 
 def check_mesh(mesh: Mesh, model: DecoderConfig, cfg: TrainConfig) -> None:
     """Raises `InputError` where something does not divide over the mesh."""
-    check_divisible(model.moe.router.num_experts, mesh)
+    experts, axes = model.moe.router.num_experts, cfg.dispatch.axes
+    expert_ranks = math.prod(mesh.shape[axis] for axis in axes)
+    check(
+        experts % expert_ranks == 0,
+        f"num_experts={experts} is not divisible by {' * '.join(axes)} axis size {expert_ranks}",
+    )
+    cfg.dispatch.stage(experts, model.moe.router.gate, TOKEN_AXES)
     ranks, model_ranks = mesh.shape["data"] * mesh.shape["expert"], mesh.shape["model"]
     check(
         cfg.batch_size % ranks == 0,
@@ -69,32 +74,36 @@ def check_mesh(mesh: Mesh, model: DecoderConfig, cfg: TrainConfig) -> None:
         )
 
 
-def state_specs(state: Any, mesh: Mesh, *, fully_sharded: bool) -> Any:
+def state_specs(state: Any, mesh: Mesh, cfg: TrainConfig) -> Any:
     """A `PartitionSpec` per leaf of a training state, of parameters or gradients.
 
     Leaves with other names than `DIMS` has are replicated.
     """
 
     def spec(path: tuple, leaf: Any) -> P:
-        return _shortest(_spec(path, leaf, fully_sharded=fully_sharded), mesh)
+        return _shortest(_spec(path, leaf, cfg), mesh)
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def _spec(path: tuple, leaf: Any, *, fully_sharded: bool) -> P:
-    names = _names(path)
-    dims = DIMS.get(names[-1])
-    if dims is None or leaf.ndim == 0:
-        return P()
-    is_expert = "experts" in names
-    dims = "L" * ("groups" in names) + "E" * is_expert + dims
-    axes: dict[str, Any] = {"H": "model", "F": "model"}
-    if is_expert:
-        axes["E"] = "expert"
-    if fully_sharded:
-        axes["D"] = "data" if is_expert else TOKEN_AXES
-    assert len(dims) == leaf.ndim, (names, leaf.shape)
+def _spec(path: tuple, leaf: Any, cfg: TrainConfig) -> P:
+    dims, axes = _dims(path) if leaf.ndim else "", _axes(path, cfg)
+    assert len(dims) in (0, leaf.ndim), (jax.tree_util.keystr(path), leaf.shape)
     return P(*(axes.get(dim) for dim in dims))
+
+
+def _dims(path: tuple) -> str:
+    """Letters of a leaf's dims, none for a leaf that is replicated."""
+    names = _names(path)
+    known = DIMS.get(names[-1], "")
+    return known and "L" * ("groups" in names) + "E" * ("experts" in names) + known
+
+
+def _axes(path: tuple, cfg: TrainConfig) -> dict[str, Any]:
+    """Mesh axes that each dim is split over."""
+    experts = cfg.dispatch.axes if "experts" in _names(path) else ()
+    rest = tuple(axis for axis in TOKEN_AXES if axis not in experts)
+    return {"H": "model", "F": "model", "E": experts, "D": rest if cfg.fully_sharded else ()}
 
 
 def _names(path: tuple) -> list[str]:
@@ -108,7 +117,7 @@ def state_shardings(state: Any, mesh: Mesh, cfg: TrainConfig) -> Any:
         kind = cfg.experts_memory if "experts" in _names(path) else "device"
         return NamedSharding(mesh, spec, memory_kind=kind)
 
-    specs = state_specs(state, mesh, fully_sharded=cfg.fully_sharded)
+    specs = state_specs(state, mesh, cfg)
     return jax.tree_util.tree_map_with_path(
         sharding, specs, is_leaf=lambda leaf: isinstance(leaf, P)
     )
@@ -126,7 +135,7 @@ def _shortest(spec: P, mesh: Mesh) -> P:
     return P(*short)
 
 
-def unshard(params: Any) -> Any:
+def unshard(params: Any, cfg: TrainConfig) -> Any:
     """Weights of one layer, or of the model without its layers, whole over the token axes.
 
     For fully sharded ones, inside `shard_map`. Cost: an all-gather per leaf; its transpose is a
@@ -134,12 +143,11 @@ def unshard(params: Any) -> Any:
     """
 
     def whole(path: tuple, leaf: jax.Array) -> jax.Array:
-        spec = _spec(path, leaf, fully_sharded=True)
-        for dim, axis in enumerate(spec):
-            if axis is not None and axis not in ("model", "expert"):
-                leaf = jax.lax.all_gather(leaf, axis, axis=dim, tiled=True)
-                leaf = checkpoint_name(leaf, "unsharded")
-        return leaf
+        axes, dims = _axes(path, cfg)["D"], _dims(path)
+        if not axes or "D" not in dims:
+            return leaf
+        leaf = jax.lax.all_gather(leaf, axes, axis=dims.index("D"), tiled=True)
+        return checkpoint_name(leaf, "unsharded")
 
     with jax.named_scope("unshard"):
         return jax.tree_util.tree_map_with_path(whole, params)
@@ -154,20 +162,20 @@ def sharded_loss(
     all-reduces of activations over `model` in each direction, and what `unshard` moves, twice; per
     step: an all-reduce of the gradients that are not fully sharded.
     """
-    fully_sharded = cfg.fully_sharded
-    whole = {"unshard": unshard} if fully_sharded else {}
+    whole = {"unshard": partial(unshard, cfg=cfg)} if cfg.fully_sharded else {}
+    router = model.moe.router
     body = partial(
         train_loss,
         model=model,
         cfg=cfg,
-        stage=gather(num_experts=model.moe.router.num_experts, token_axes=TOKEN_AXES),
+        stage=cfg.dispatch.stage(router.num_experts, router.gate, TOKEN_AXES),
         parallel=Parallel(token_axes=TOKEN_AXES, model_axis="model", **whole),
     )
-    if fully_sharded:
+    if cfg.fully_sharded:
         # Whole weights of all layers, kept for the backward pass, would undo the saving.
         policy = jax.checkpoint_policies.save_anything_except_these_names("unsharded")
         body = jax.checkpoint(body, policy=policy)
     if AxisType.Explicit in mesh.axis_types:
         tokens = jax.reshard(tokens, NamedSharding(mesh, P(TOKEN_AXES)))
-    specs = (state_specs(params, mesh, fully_sharded=fully_sharded), P(TOKEN_AXES))
+    specs = (state_specs(params, mesh, cfg), P(TOKEN_AXES))
     return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P())(params, tokens)

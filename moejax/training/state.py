@@ -33,13 +33,14 @@ class TrainState:
 
 @struct.dataclass(kw_only=True)
 class StepMetrics:
-    """What one step saw, before its update; float32 [] each."""
+    """What one step saw, before its update; a scalar each, float32 unless said."""
 
     loss: jax.Array
     cross_entropy: jax.Array  # nats per token
     load_balancing_loss: jax.Array
     router_z_loss: jax.Array
     load_imbalance: jax.Array  # busiest expert over the mean, averaged over layers
+    assignments_dropped: jax.Array  # int32, of all layers
     grad_norm: jax.Array  # before clipping
     learning_rate: jax.Array
 
@@ -93,6 +94,7 @@ def train_step(
         load_balancing_loss=metrics.load_balancing_loss,
         router_z_loss=metrics.router_z_loss,
         load_imbalance=load_imbalance(metrics.expert_load).mean(),
+        assignments_dropped=metrics.assignments_dropped,
         grad_norm=optax.tree.norm(grads),
         learning_rate=lr,
     )

@@ -9,6 +9,7 @@ import pytest
 
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
+from moejax.dispatch.config import DispatchConfig
 from moejax.layers.moe import MoEConfig
 from moejax.routing.config import RouterConfig
 from moejax.training.loop import train
@@ -24,6 +25,7 @@ EXPERTS = MoEConfig(
 )
 MODEL = tiny_model(num_kv_heads=2, moe=EXPERTS)
 CFG = tiny_train(batch_size=4, seq_len=2, router_z_weight=0.01)
+ROOMY = DispatchConfig(strategy="hierarchical", capacity_factor=4.0)
 GRAD = jax.jit(jax.value_and_grad(sharded_loss, has_aux=True), static_argnums=(2, 3, 4))
 
 
@@ -41,20 +43,21 @@ def want(tokens):
 
 
 @pytest.mark.parametrize(
-    ("data", "expert", "model", "axis_type", "fully_sharded"),
+    ("data", "expert", "model", "axis_type", "fully_sharded", "dispatch"),
     [
-        (1, 2, 1, "explicit", False),
-        (4, 1, 1, "auto", False),
-        (2, 2, 2, "auto", False),
-        (2, 2, 2, "explicit", True),
-        (1, 4, 1, "auto", True),
+        (1, 2, 1, "explicit", False, DispatchConfig()),
+        (4, 1, 1, "auto", False, DispatchConfig()),
+        (2, 2, 2, "auto", False, ROOMY),
+        (2, 2, 2, "explicit", True, DispatchConfig()),
+        (1, 4, 1, "auto", True, DispatchConfig(strategy="all_to_all", fall_back=True)),
+        (2, 2, 1, "auto", True, dataclasses.replace(ROOMY, over_data=True)),
     ],
 )
 def test_loss_and_gradient_do_not_depend_on_the_mesh(
-    data, expert, model, axis_type, fully_sharded, tokens, want
+    data, expert, model, axis_type, fully_sharded, dispatch, tokens, want
 ):
     mesh = make_mesh(data=data, expert=expert, model=model, axis_type=axis_type)
-    cfg = dataclasses.replace(CFG, fully_sharded=fully_sharded)
+    cfg = dataclasses.replace(CFG, fully_sharded=fully_sharded, dispatch=dispatch)
     check_mesh(mesh, MODEL, cfg)
     with jax.set_mesh(mesh):
         params = init_state(MODEL, cfg, mesh).params
@@ -67,9 +70,11 @@ def test_loss_and_gradient_do_not_depend_on_the_mesh(
     )
     for got, reference in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
         assert_close(np.asarray(got), np.asarray(reference))
+    assert metrics.assignments_dropped == 0
     layer, split = grads.groups[0], data * expert if fully_sharded else 1
+    experts = expert * data if dispatch.over_data else expert
     for leaf, parts in (
-        (layer.mlp.experts.w_gate, (1, expert, data if fully_sharded else 1, model)),
+        (layer.mlp.experts.w_gate, (1, experts, split // experts or 1, model)),
         (layer.attention.w_o, (1, model, 1, split)),
         (layer.mlp.router.w_router, (1, split, 1)),
         (layer.mlp_norm, (1, split)),

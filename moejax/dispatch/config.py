@@ -1,0 +1,64 @@
+"""Which dispatch a run uses, as a frozen config."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+from moejax.core.errors import check
+from moejax.dispatch.api import STRATEGIES, make_dispatch
+from moejax.dispatch.slots import Capacity
+from moejax.experts.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DispatchConfig:
+    """How tokens reach experts on other ranks.
+
+    Attributes:
+        strategy: a name of `moejax.dispatch.api.STRATEGIES`.
+        over_data: experts are split over the mesh axis `data` too, not only over `expert`; for
+            `hierarchical` these are its two levels.
+        capacity_factor: of the strategies that have a capacity.
+        num_chunks: of tokens; see `pipelined`.
+        fall_back: repeat a layer by `gather` where any rank dropped anything.
+    """
+
+    strategy: str = "gather"
+    over_data: bool = False
+    capacity_factor: float = 1.25
+    num_chunks: int = 1
+    fall_back: bool = False
+
+    def __post_init__(self):
+        known = sorted(name for name in STRATEGIES if self._places(name))
+        check(self.strategy in known, f"strategy={self.strategy!r} is not one of {known}")
+        check(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor} must be positive")
+        check(self.num_chunks >= 1, f"num_chunks={self.num_chunks} must be at least 1")
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Mesh axes that experts are split over."""
+        return ("data", "expert") if self.over_data else ("expert",)
+
+    def stage(self, num_experts: int, gate: str, token_axes: tuple[str, ...]) -> Stage:
+        """The stage for use inside `shard_map`; raises `InputError` for an invalid gate."""
+        names = inspect.signature(STRATEGIES[self.strategy].build).parameters
+        options: dict[str, Any] = {"token_axes": token_axes}
+        options["levels" if "levels" in names else "axis"] = self.axes
+        if "capacity" in names:
+            options["capacity"] = Capacity(factor=self.capacity_factor)
+        return make_dispatch(
+            self.strategy,
+            num_experts=num_experts,
+            gate=gate,
+            num_chunks=self.num_chunks,
+            fall_back=self.fall_back,
+            **options,
+        )
+
+    @staticmethod
+    def _places(name: str) -> bool:
+        """Whether these fields say all that the strategy wants."""
+        names = inspect.signature(STRATEGIES[name].build).parameters
+        required = {key for key, one in names.items() if one.default is one.empty}
+        return required <= {"num_experts", "levels"} and ("levels" in names or "axis" in names)

@@ -1,0 +1,31 @@
+"""Configs of a dispatch become stages or are refused; what they compute is tested in training."""
+
+import pytest
+
+from moejax.core.errors import InputError
+from moejax.dispatch.config import DispatchConfig
+
+AXES = ("data", "expert")
+
+
+@pytest.mark.parametrize("strategy", ["gather", "all_to_all", "ragged", "hierarchical"])
+@pytest.mark.parametrize("over_data", [False, True])
+def test_every_strategy_without_further_choices_is_one_name_away(strategy, over_data):
+    cfg = DispatchConfig(strategy=strategy, over_data=over_data, num_chunks=2)
+    assert callable(cfg.stage(8, "top_k", AXES))
+    assert cfg.axes == (AXES if over_data else ("expert",))
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(InputError, match="strategy='local' is not one of .*'all_to_all', 'gather'"):
+        DispatchConfig(strategy="local")
+    with pytest.raises(InputError, match="strategy='grouped' is not one of"):
+        DispatchConfig(strategy="grouped")  # wants a number of groups
+    with pytest.raises(InputError, match="capacity_factor=0 must be positive"):
+        DispatchConfig(capacity_factor=0)
+    with pytest.raises(InputError, match="num_chunks=0 must be at least 1"):
+        DispatchConfig(num_chunks=0)
+    with pytest.raises(InputError, match="does not go with gate 'soft'"):
+        DispatchConfig().stage(8, "soft", AXES)
+    with pytest.raises(InputError, match="'gather' drops nothing, it needs no fall_back"):
+        DispatchConfig(fall_back=True).stage(8, "top_k", AXES)
