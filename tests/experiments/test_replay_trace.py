@@ -1,3 +1,5 @@
+"""The program end to end: a recorded run, a trace of our own. Wrong input: `test_wrong_input`."""
+
 import json
 import os
 import pathlib
@@ -5,7 +7,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
 from moejax.data.routing_trace import from_recorded, save_trace
 from moejax.simulator.reference import replay_reference
@@ -72,21 +73,3 @@ def test_replays_our_own_npz(tmp_path):
         for key, rate in figures["hit_rate"][policy].items():
             misses = [m for m, _ in replay_reference(trace, policy, int(float(key) * 2**20))]
             assert rate == round(100 * (1 - sum(misses[2:]) / (16 * 2 * 2)), 3)
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--budget_mib=100"], "--trace is missing"),
-        (["--trace=none.csv", "--budget_mib=9"], "--trace=none.csv: No such file or directory"),
-        ([f"--trace={GPTOSS}", "--budget_mib=9,x"], "'x' is not a positive number of MiB"),
-        ([f"--trace={GPTOSS}", "--budget_mib=9,99"], "9 MiB cannot hold the 2 experts of one"),
-        ([f"--trace={GPTOSS}", "--budget_mib=9", "--policies=lru,mru"], "'mru' is unknown"),
-        ([f"--trace={__file__}", "--budget_mib=9"], "expected '# route_trace v1'"),
-    ],
-)
-def test_wrong_input_ends_in_one_line(tmp_path, args, message):
-    done = run_program(*args, f"--json={tmp_path}/out.json")
-    assert done.returncode == 2 and message in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []

@@ -134,12 +134,19 @@ REPLAY = [
     replay("no config here", "--set=a=1", "Unknown command line flag 'set'"),
     replay("no trace", "--budget_mib=9", "--trace is missing"),
     replay("no budget", GPTOSS, "--budget_mib is missing"),
-    replay("budget is no number", f"{GPTOSS} --budget_mib=9,x", "'x' is not a positive number"),
+    replay(
+        "budget is no number", f"{GPTOSS} --budget_mib=9,x", "'x' is not a positive number of MiB"
+    ),
     replay("budget beyond integers", f"{GPTOSS} --budget_mib=1e300", "'1e300' is not a positive"),
-    replay("budget too small", f"{GPTOSS} --budget_mib=9", "9 MiB", "the minimum is 25.21"),
+    replay(
+        "budget too small",
+        f"{GPTOSS} --budget_mib=99,9",
+        "9 MiB cannot hold",
+        "the minimum is 25.21",
+    ),
     replay("unknown policy", f"{GPTOSS} --budget_mib=99 --policies=mru", "'mru' is unknown; there"),
     replay("one file twice", f"{GPTOSS} --budget_mib=99 --plot={{out}}/replay.json", "same file"),
-    trace("nothing.csv", "{files}/nothing.csv: No such file"),
+    trace("nothing.csv", "--trace={files}/nothing.csv: No such file or directory"),
     trace("bare", "{files}/bare: Is a directory"),
     trace("empty.txt", "the file is empty"),
     trace("text/0.py", "0.py:1: expected '# route_trace v1', got 'def f0(x):'"),
@@ -157,6 +164,7 @@ AOT = [
     case("unknown field", "--set=layers=3", "OffloadedDecode has no field 'layers'"),
     case("wrong type", "--set=batch=1.5", "--set batch wants int, got 1.5"),
     case("experts not divisible", "--set=num_experts=6 --set=expert_axis=4", "num_experts=6", "4"),
+    case("no TPU tile", "--set=d_ff=192", "d_ff=192 is not a multiple of 128, the width of a TPU"),
     case("budget too small", "--set=device_budget=1MiB", "1048576 bytes", "the minimum is"),
     case("json below a file", "--json={files}/empty.txt/r.json", "not a writable folder"),
 ]
