@@ -32,11 +32,13 @@ from moejax.collectives.inspect import inspect_collectives
 from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
 from moejax.core.structs import Routing
+from moejax.dispatch.all_to_all import slots_per_group
 from moejax.dispatch.api import make_dispatch
+from moejax.dispatch.exchange import exchange
 from moejax.dispatch.hierarchical import send
 from moejax.dispatch.ranks import combined
-from moejax.dispatch.slots import FITS_ALL, Capacity
-from moejax.experts.gated import init_experts
+from moejax.dispatch.slots import FITS_ALL, Capacity, assign_slots
+from moejax.experts.gated import gated_mlp, init_experts
 from moejax.experts.stage import resident
 from moejax.routing.gates import balanced_choice
 
@@ -50,7 +52,7 @@ ROOM = Capacity(factor=1.25)
 def strategies() -> dict[str, dict[str, Any]]:
     """Arguments of `make_dispatch` for every arm; experts lie over both axes."""
     flat = {"axis": AXES}
-    levels = {"levels": AXES, "capacity": ROOM}
+    levels = {"levels": AXES, "capacity": Capacity(factor=1.2)}
     return {
         "gather": {"name": "gather", **flat},
         "all_to_all": {"name": "all_to_all", **flat, "capacity": ROOM, "per": "rank"},
@@ -83,6 +85,25 @@ def make_inputs(num_tokens: int) -> tuple[tuple, tuple]:
     uniform = jax.lax.top_k(scores, TOP_K)[1].astype(jnp.int32)
     balanced = balanced_choice(scores, TOP_K, 8)
     return (x, uniform, weights, experts), (x, balanced, weights, experts)
+
+
+def one_hot(x, topk_idx, topk_weights, experts):
+    """y [T, D] and the count of drops, as GShard spells it: slots by products with one-hot masks.
+
+    The classic in einsum form (arXiv 2006.16668, algorithm 1), for comparison: T * E * C * D
+    operations to move rows, and a mask of T * E * C.
+    """
+    ranks = NODES * CHIPS
+    size = slots_per_group(x.shape[0], TOP_K, EXPERTS, ranks, ROOM, "expert")
+    slots, overflow = assign_slots(topk_idx, EXPERTS, size)
+    mask = jax.nn.one_hot(slots.slot, EXPERTS * size)  # [T, K, E * C]
+    rows = jnp.einsum("tks,td->sd", mask, x).reshape(ranks, -1, MODEL_DIM)
+    rows = exchange(rows, AXES).reshape(ranks, EXPERTS // ranks, size, MODEL_DIM).swapaxes(0, 1)
+    y = jax.vmap(gated_mlp)(experts, rows.reshape(EXPERTS // ranks, -1, MODEL_DIM))
+    y = y.reshape(EXPERTS // ranks, ranks, size, MODEL_DIM).swapaxes(0, 1)
+    y = exchange(y.reshape(ranks, -1, MODEL_DIM), AXES).reshape(-1, MODEL_DIM)
+    y = jnp.einsum("tks,tk,sd->td", mask, topk_weights, y)
+    return y, jax.lax.psum(jnp.sum(overflow, dtype=jnp.int32), AXES)
 
 
 def layer(stage, x, topk_idx, topk_weights, experts):
@@ -119,18 +140,33 @@ def incidences(topk_idx: np.ndarray, groups: int) -> int:
     return int(wanted.any(1).sum())
 
 
-def compile_arm(arguments: dict[str, Any], mesh: Mesh, inputs: tuple) -> tuple:
-    """The compiled layer on placed inputs, and its bytes on the wire per mesh axis."""
-    stage = make_dispatch(num_experts=EXPERTS, token_axes=AXES, **arguments)
+def crossings(topk_idx: np.ndarray) -> dict[str, int]:
+    """Rows that must cross each axis, one way, when each goes once per group that wants it."""
+    ranks = NODES * CHIPS
+    home = np.arange(len(topk_idx)) // (len(topk_idx) // ranks)
+    wants = (topk_idx // (EXPERTS // ranks))[:, :, None] == np.arange(ranks)
+    wants = wants.any(1).reshape(-1, NODES, CHIPS)
+    other_node = np.arange(NODES)[None] != (home // CHIPS)[:, None]
+    other_chip = np.arange(CHIPS)[None] != (home % CHIPS)[:, None]
+    return {
+        "data": int((wants.any(2) & other_node).sum()),
+        "expert": int((wants & other_chip[:, None]).sum()),
+    }
+
+
+def compile_arm(run: Callable, mesh: Mesh, inputs: tuple) -> tuple:
+    """The compiled layer on placed inputs, its bytes on the wire per mesh axis, and temporaries."""
     specs = (P(AXES),) * 4
-    body = jax.shard_map(partial(layer, stage), mesh=mesh, in_specs=specs, out_specs=(P(AXES), P()))
+    body = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(P(AXES), P()))
     placed = jax.device_put(inputs, tuple(NamedSharding(mesh, spec) for spec in specs))
     compiled = jax.jit(body).lower(*placed).compile()
     traffic = inspect_collectives(parse_hlo(compiled.as_text() or ""), mesh).traffic
     moved = dict.fromkeys(AXES, 0)
     for (_, axis), part in traffic.items():
         moved[axis] += part.nbytes
-    return partial(compiled, *placed), moved
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return partial(compiled, *placed), moved, memory.temp_size_in_bytes
 
 
 def check_values(name: str, run: Callable, want: jax.Array) -> int:
@@ -157,6 +193,12 @@ def row_counts(mesh: Mesh, topk_idx: jax.Array) -> dict[str, Any]:
     }
 
 
+def padding(moved: dict[str, int], topk_idx: np.ndarray) -> dict[str, float]:
+    """Bytes there and back over those of rows that must travel: slack, ids and weights."""
+    must = crossings(topk_idx)
+    return {axis: moved[axis] / (2 * must[axis] * 4 * MODEL_DIM) for axis in AXES}
+
+
 def main() -> None:
     cli.check_writable(cli.JSON.value)
     ranks = NODES * CHIPS
@@ -169,10 +211,14 @@ def main() -> None:
     uniform, balanced = make_inputs(TOKENS.value)
     local = jax.jit(partial(layer, resident))
     arms: dict[str, Callable] = {"local": partial(local, *uniform)}
-    wire, drops = {}, {}
-    for name, arguments in strategies().items():
+    wire, drops, temporary = {}, {}, {}
+    runs = {
+        name: partial(layer, make_dispatch(num_experts=EXPERTS, token_axes=AXES, **arguments))
+        for name, arguments in strategies().items()
+    }
+    for name, run in {**runs, "one_hot": one_hot}.items():
         inputs = balanced if name == "grouped" else uniform
-        arms[name], wire[name] = compile_arm(arguments, mesh, inputs)
+        arms[name], wire[name], temporary[name] = compile_arm(run, mesh, inputs)
         drops[name] = check_values(name, arms[name], local(*inputs)[0])
     seconds = interleave(arms, rounds=ROUNDS.value)
     ratios = {
@@ -180,13 +226,18 @@ def main() -> None:
         for name, times in seconds.items()
         if name != "local"
     }
-    table = Table("strategy", "time / local", *(f"MiB over {a}" for a in AXES), "dropped")
+    table = Table(
+        "strategy", "time / local", *(f"MiB over {a}" for a in AXES), "temporary MiB", "dropped"
+    )
     for name, ratio in ratios.items():
         moved = (f"{wire[name][axis] / 2**20:.2f}" for axis in AXES)
-        table.add_row(name, f"{ratio:.2f}", *moved, str(drops[name]))
+        row = (*moved, f"{temporary[name] / 2**20:.1f}", str(drops[name]))
+        table.add_row(name, f"{ratio:.2f}", *row)
     Console().print(table)
     figures = row_counts(mesh, uniform[1]) | {
         "wire_bytes": wire,
+        "wire_over_incidences": padding(wire["hierarchical"], np.asarray(uniform[1])),
+        "temporary_bytes": temporary,
         "dropped": drops,
         "time_ratio_vs_local": ratios,
         "arms": {name: summary(times) for name, times in seconds.items()},

@@ -7,27 +7,61 @@ import numpy as np
 import pytest
 
 from experiments.bench.dispatch import (
+    AXES,
+    EXPERTS,
     TOP_K,
     check_values,
     compile_arm,
+    crossings,
     layer,
     make_inputs,
+    one_hot,
+    padding,
     row_counts,
     strategies,
 )
 from moejax.core.mesh import make_mesh
+from moejax.dispatch.api import make_dispatch
 from moejax.experts.stage import resident
 
 
 def test_an_arm_moves_bytes_and_keeps_the_values():
     mesh = make_mesh(data=2, expert=4)
     uniform, _ = make_inputs(64)
-    run, moved = compile_arm(strategies()["gather"], mesh, uniform)
     want = jax.jit(partial(layer, resident))(*uniform)[0]
+    bare = make_dispatch(num_experts=EXPERTS, token_axes=AXES, **strategies()["gather"])
+    run, moved, temporary = compile_arm(partial(layer, bare), mesh, uniform)
     assert check_values("gather", run, want) == 0
-    assert moved["data"] > moved["expert"] > 0
+    assert moved["data"] > moved["expert"] > 0 and temporary > 0
     with pytest.raises(RuntimeError, match="gather differs from local"):
         check_values("gather", run, 2 * np.asarray(want))
+
+
+def test_one_hot_masks_drop_what_slots_drop():
+    uniform, _ = make_inputs(64)
+    mesh = make_mesh(data=2, expert=4)
+    run, moved, _ = compile_arm(one_hot, mesh, uniform)
+    slots = make_dispatch(
+        num_experts=EXPERTS, token_axes=AXES, **strategies()["all_to_all"] | {"per": "expert"}
+    )
+    other, _, _ = compile_arm(partial(layer, slots), mesh, uniform)
+    (y, dropped), (want, lost) = run(), other()
+    assert int(dropped) == int(lost) > 0 and moved["data"] > 0
+    np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+def test_crossings_equal_a_loop():
+    uniform, _ = make_inputs(64)
+    idx = np.asarray(uniform[1])
+    want = {"data": 0, "expert": 0}
+    for token, experts in enumerate(idx):
+        node, chip = divmod(token // 8, 4)
+        ranks = {int(e) // 8 for e in experts}
+        want["data"] += len({r // 4 for r in ranks} - {node})
+        want["expert"] += sum(r % 4 != chip for r in ranks)
+    assert crossings(idx) == want
+    moved = {axis: 2 * n * 1024 for axis, n in want.items()}
+    assert padding(moved, idx) == {"data": 1.0, "expert": 1.0}
 
 
 def test_rows_sent_are_the_incidences():
