@@ -5,15 +5,15 @@ import os
 # Eight host devices on two cores can deadlock in collectives unless the thread pool is larger.
 os.environ.setdefault("NPROC", "16")
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and run little.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_parallel_codegen_split_count=1",
-)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from moejax.core.compat import cheap_cpu_options  # noqa: E402
+
+# Tests compile much and run little.
+CHEAP = cheap_cpu_options(0) | {"xla_cpu_parallel_codegen_split_count": 1}
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={value}" for name, value in CHEAP.items()))
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -14,6 +14,7 @@ import numpy as np
 from rich.progress import Progress
 
 from experiments import cli
+from moejax.core.compat import cheap_cpu_options
 from moejax.core.errors import check
 from moejax.core.memory import nbytes
 from moejax.data.text import Split
@@ -174,4 +175,4 @@ def _options(program: str) -> dict[str, Any] | None:
         return None
     # A prompt runs once: not worth optimising at all.
     level = {"prefill": 0, "step": 1}[program]
-    return {"xla_backend_optimization_level": level, "xla_cpu_use_fusion_emitters": False}
+    return cheap_cpu_options(level)

@@ -37,3 +37,8 @@ def test_compute_on_marks_the_function_for_the_host():
     x = jnp.arange(3.0)
     np.testing.assert_array_equal(step(x), [1.0, 3.0, 5.0])
     assert '_xla_compute_type = "host"' in step.lower(x).as_text()
+
+
+def test_this_jax_knows_the_options_of_a_cheap_compile():
+    add = jax.jit(lambda x: x + 1, compiler_options=compat.cheap_cpu_options(0))
+    np.testing.assert_array_equal(add(jnp.arange(3.0)), [1.0, 2.0, 3.0])

@@ -29,8 +29,6 @@ def child(path, moment, cache, *overrides):
         JAX_PLATFORMS="cpu",
         JAX_COMPILATION_CACHE_DIR=str(cache),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-        # Compiles in half the time; the same in every process, so the bits can be compared.
-        XLA_FLAGS="--xla_backend_optimization_level=0",
     )
     command = [sys.executable, "-m", "tests.training.child", str(path), moment, *overrides]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)

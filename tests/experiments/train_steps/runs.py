@@ -18,11 +18,6 @@ TINY = (
     "log_steps=1 eval_steps=2 eval_batches=1"
 ).split()
 CHILD = "tests.experiments.train_steps.process_child"
-# Compiles in a third of the time.
-FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
 
 
 def tiny_run(text: pathlib.Path, *more: str) -> RunConfig:
@@ -41,7 +36,7 @@ def start(count: int, module: str, args: list[str]) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16", "XLA_FLAGS": FLAGS}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
     command = [sys.executable, "-m", module, *args]
     command += [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     return [
