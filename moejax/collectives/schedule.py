@@ -1,31 +1,58 @@
 """A collective as plain data: which rank sends which chunks to whom, step by step.
 
 Following the schedule languages of MSCCL and TACCL, a schedule says nothing about how it runs.
-`check` proves what it does, `lower` runs it inside `shard_map`, `inspect` finds it again in a
-compiled program. All parts are frozen and hashable, so a schedule can be a static argument, a
-cache key, or something that one writes by hand and prints.
+`check` proves what it does, `lower` runs it inside `shard_map`, `cost` prices it, `inspect` finds
+it again in a compiled program. All parts are frozen and hashable, so a schedule can be a static
+argument, a cache key, or something that one writes by hand and prints.
 
 Ranks are numbered in row-major order over the axes, outermost first. A chunk is the unit that
 travels; its id says what it is, not where it lies. Several ranks that start with the same chunk
-hold different contributions to it, which `add` sums.
+hold different contributions to it, which `add`, `max` and `xor` combine.
 """
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
-Combine = Literal["copy", "add"]
+Combine = Literal["copy", "add", "max", "xor"]
 COMBINES: tuple[str, ...] = get_args(Combine)
+Operation = Literal[
+    "reduce_scatter",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "round_trip",
+    "broadcast",
+    "parity",
+]
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+class Codec(Protocol):
+    """A hashable way to shorten messages. It is a projection: coding twice changes nothing more."""
+
+    def encode(self, rows: Any) -> Any:
+        """What travels for rows [M, n] of a floating dtype: one array [M, ...]."""
+        ...
+
+    def decode(self, wire: Any, n: int, dtype: Any) -> Any:
+        """Rows [M, n] again."""
+        ...
+
+    def nbytes(self, n: int, itemsize: int) -> int:
+        """Bytes that a row of n elements of `itemsize` bytes takes on the wire."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
 class Transfer:
     """One message: `chunks` of rank `src`, in this order, to rank `dst`.
 
-    What arrives replaces (`copy`) or is added to (`add`) what `dst` holds of these chunks. Within
-    one rail of a step a rank sends at most one message and receives at most one.
+    What arrives replaces (`copy`) what `dst` holds of these chunks or is combined with it. Within
+    one rail of a step a rank sends at most one message and receives at most one. What is sent
+    through a codec is from then on, for its sender too, what the codec makes of it; so the same
+    bits lie on both ends.
     """
 
     src: int
@@ -33,6 +60,7 @@ class Transfer:
     chunks: tuple[int, ...]
     combine: Combine = "copy"
     rail: int = 0
+    codec: Codec | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "chunks", tuple(self.chunks))
@@ -53,8 +81,8 @@ class Step:
         return tuple(tuple(group) for _, group in groups)
 
 
-def _by_rail(transfer: Transfer) -> tuple[int, Transfer]:
-    return transfer.rail, transfer
+def _by_rail(one: Transfer) -> tuple:
+    return one.rail, one.src, one.dst, one.chunks, one.combine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +104,7 @@ class Schedule:
     start: tuple[tuple[int, ...], ...]  # chunks that each rank brings, in the order of its rows
     end: tuple[tuple[int, ...], ...]  # chunks that each rank returns, in the order of its rows
     steps: tuple[Step, ...]
+    native: Operation | None = None  # the compiler's own collective instead of steps
 
     def __post_init__(self):
         for name in ("axes", "sizes", "steps"):
@@ -89,7 +118,8 @@ class Schedule:
 
     def __str__(self) -> str:
         grid = " ".join(f"{axis}={size}" for axis, size in zip(self.axes, self.sizes, strict=True))
-        head = f"{grid}: {self.num_ranks} ranks, {self.num_chunks} chunks, {len(self.steps)} steps"
+        what = f"native {self.native}" if self.native else f"{len(self.steps)} steps"
+        head = f"{grid}: {self.num_ranks} ranks, {self.num_chunks} chunks, {what}"
         lines = (f"  {i}: {_describe(step)}" for i, step in enumerate(self.steps))
         return "\n".join([head, *lines])
 
@@ -102,6 +132,7 @@ def _describe(step: Step) -> str:
     return ", ".join(
         f"{one.src}->{one.dst} {one.combine} {' '.join(map(str, one.chunks))}"
         + (f" rail {one.rail}" if one.rail else "")
+        + (f" by {one.codec}" if one.codec else "")
         for one in step.transfers
     )
 

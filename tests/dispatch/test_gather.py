@@ -12,6 +12,7 @@ from moejax.core.mesh import make_mesh
 from moejax.dispatch.gather import gather
 from moejax.experts.stage import reference
 from moejax.layers.moe import MoEConfig, init_moe, moe
+from moejax.layers.parallel import Parallel
 from moejax.routing.config import RouterConfig
 from tests.kernels.cases import assert_close
 
@@ -26,7 +27,8 @@ def specs(params):
 
 
 def loss(params, x, mask, *, stage, token_axes=()):
-    y, _, _, metrics = moe(params, x, CFG, mask=mask, stage=stage, token_axes=token_axes)
+    parallel = Parallel(token_axes=token_axes)
+    y, _, _, metrics = moe(params, x, CFG, mask=mask, stage=stage, parallel=parallel)
     total = jnp.sum(jnp.sin(y) * jnp.arange(1.0, D + 1)[None])
     if token_axes:
         total = jax.lax.psum(total, token_axes)
