@@ -1,12 +1,14 @@
 """What compilers make of pipelined dispatch: collectives of one chunk behind experts of another.
 
-    python -m experiments.aot_dispatch --targets=v5e:2x4,v6e:2x4 --json=OUT
+    python -m experiments.aot_dispatch --json=results/aot_dispatch.json
+    python -m experiments.aot_dispatch --targets=h100:8    # wants `source scripts/gpu_compiler.sh`
 
 Compiles the forward and backward pass of one expert layer over 8 devices for targets that are not
 here, and counts the collectives that have matrix products between their start and their end. The
 rung is *schedule*: order and bytes, never a time.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,27 +23,47 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import cli
-from moejax.aot.hlo import parse_hlo
+from experiments.bench.moe_layer_arms import ragged_ffn
+from moejax.aot.compile import compile_for
+from moejax.aot.gpu import compile_for_h100
 from moejax.aot.targets import get_target, target_mesh
 from moejax.collectives.inspect import Inspection, inspect_collectives
 from moejax.core.errors import check
+from moejax.core.mesh import make_mesh
 from moejax.core.structs import Routing
 from moejax.dispatch.api import make_dispatch
+from moejax.dispatch.overlap import overlap_options
 from moejax.dispatch.ranks import combined
 from moejax.experts.slotted import slotted
+from moejax.experts.stage import resident_by
 from moejax.kernels.grouped_ffn import GatedWeights
 
 TARGETS = flags.DEFINE_list(
     "targets", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "7x:2x2x1"], "8 devices each"
 )
 CHUNKS = flags.DEFINE_list("chunks", ["1", "2"], "numbers of chunks")
+H100 = "h100:8"
 RANKS, TOKENS, EXPERTS, TOP_K, MODEL_DIM, HIDDEN_DIM = 8, 512, 64, 8, 2048, 1024
-ASYNC: dict[str, str | bool] = {"xla_tpu_enable_async_all_to_all": "true"}
-# Strategy, and compiler options beyond the default.
-ARMS: dict[str, tuple[dict[str, Any], dict[str, str | bool]]] = {
-    "all_to_all, native": ({"lowering": "native"}, {}),
-    "all_to_all, native, async flag": ({"lowering": "native"}, ASYNC),
-    "all_to_all, shifted": ({"lowering": "shifted"}, {}),
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A strategy, its arguments, and whether the compiler gets `overlap_options`."""
+
+    strategy: str
+    arguments: dict[str, Any]
+    with_options: bool = False
+
+
+ALL_TO_ALL = {"inner": slotted(RANKS)}
+ARMS = {
+    "all_to_all": Arm(strategy="all_to_all", arguments=ALL_TO_ALL),
+    "all_to_all, options": Arm(strategy="all_to_all", arguments=ALL_TO_ALL, with_options=True),
+    "all_to_all, shifted": Arm(
+        strategy="all_to_all", arguments=ALL_TO_ALL | {"lowering": "shifted"}
+    ),
+    # Compiled natively everywhere: stands in for the kernel of a real run.
+    "gather": Arm(strategy="gather", arguments={"inner": resident_by(ragged_ffn)}),
 }
 
 
@@ -54,23 +76,39 @@ def layer(stage: Callable[..., Any], x, topk_idx, topk_weights, experts):
     return jax.lax.psum(jnp.sum(jnp.square(y)), "expert")
 
 
-def compile_arm(
-    mesh: Mesh, arguments: dict[str, Any], options: dict[str, str | bool], num_chunks: int
-) -> Inspection:
-    """Value and gradients of the layer, compiled for the mesh's devices."""
-    stage = make_dispatch(
-        "all_to_all",
-        num_experts=EXPERTS,
-        inner=slotted(RANKS),
-        num_chunks=num_chunks,
-        **arguments,
-    )
+def compile_arm(target: str, arm: Arm, num_chunks: int) -> Inspection:
+    """Value and gradients of the layer, compiled for the target."""
+    stage = make_dispatch(arm.strategy, num_experts=EXPERTS, num_chunks=num_chunks, **arm.arguments)
+    mesh = mesh_of(target)
     specs = (P("expert"),) * 4
     body = jax.shard_map(partial(layer, stage), mesh=mesh, in_specs=specs, out_specs=P())
     step = jax.value_and_grad(body, argnums=(0, 2, 3))
-    lowered = jax.jit(step).lower(*abstract_inputs(mesh))
-    compiled = lowered.compile(compiler_options=options or None)
-    return inspect_collectives(parse_hlo(compiled.as_text() or ""), mesh)
+    options = overlap_options(platform_of(target)) if arm.with_options else None
+    if target == H100:
+        module = compile_for_h100(step, abstract_inputs(mesh), compiler_options=options)
+    else:
+        module = compile_for(step, abstract_inputs(mesh), compiler_options=options).module
+    return inspect_collectives(module, mesh)
+
+
+def platform_of(target: str) -> str:
+    return "gpu" if target == H100 else "tpu"
+
+
+def mesh_of(target: str) -> Mesh:
+    """Eight devices of the target; CPU devices stand for GPUs."""
+    return make_mesh(expert=RANKS) if target == H100 else target_mesh(target, expert=RANKS)
+
+
+def jobs_of(targets: list[str], chunks: list[int]) -> list[tuple[str, str, int]]:
+    """(target, arm, chunks) of everything to compile."""
+    return [
+        (target, name, r)
+        for target in targets
+        for name, arm in ARMS.items()
+        for r in chunks
+        if not arm.with_options or overlap_options(platform_of(target))
+    ]
 
 
 def abstract_inputs(mesh: Mesh) -> tuple[Any, ...]:
@@ -102,37 +140,32 @@ def facts(found: Inspection) -> dict[str, int]:
     }
 
 
+def check_targets(targets: list[str]) -> None:
+    for name in targets:
+        devices = RANKS if name == H100 else get_target(name).num_devices
+        check(devices == RANKS, f"--targets={name} has {devices} devices, want {RANKS}")
+
+
 def main() -> None:
     cli.check_writable(cli.JSON.value)
     chunks = [int(one) for one in CHUNKS.value if one.strip().isdigit() and int(one) > 0]
     check(len(chunks) == len(CHUNKS.value), f"--chunks={CHUNKS.value} are not positive numbers")
-    for name in TARGETS.value:
-        devices = get_target(name).num_devices
-        check(devices == RANKS, f"--targets={name} has {devices} devices, want {RANKS}")
-    jobs = [(name, arm, r) for name in TARGETS.value for arm in ARMS for r in chunks]
-    figures: dict[str, Any] = {}
+    check_targets(TARGETS.value)
+    if H100 in TARGETS.value:
+        cli.use_cpu_devices(RANKS)
+    details: dict[str, Any] = {}
+    overlapped: dict[str, dict[str, int]] = {}
     table = Table("target", "arm", "chunks", "collectives", "behind products", "in flight")
-    for name, arm, r in track(jobs, description="compiling", transient=True):
-        arguments, options = ARMS[arm]
-        found = facts(compile_arm(target_mesh(name, expert=RANKS), arguments, options, r))
-        figures.setdefault(name, {}).setdefault(arm, {})[str(r)] = found
+    jobs = jobs_of(TARGETS.value, chunks)
+    for target, name, r in track(jobs, description="compiling", transient=True):
+        found = facts(compile_arm(target, ARMS[name], r))
+        details.setdefault(target, {}).setdefault(name, {})[str(r)] = found
+        overlapped.setdefault(target, {})[f"{name}, {r} chunks"] = found["overlapped"]
         counts = (found["collectives"], found["overlapped"], found["in_flight"])
-        table.add_row(name, arm, str(r), *map(str, counts))
+        table.add_row(target, name, str(r), *map(str, counts))
     Console(width=None if Console().is_terminal else 110).print(table)
-    overlapped = {
-        name: {
-            f"{arm}, {r} chunks": one["overlapped"]
-            for arm, rs in arms.items()
-            for r, one in rs.items()
-        }
-        for name, arms in figures.items()
-    }
-    cli.write_report(
-        "aot_dispatch",
-        "schedule",
-        {"overlapped_ops": overlapped, "details": figures},
-        device="compiled for, not run",
-    )
+    figures = {"overlapped_ops": overlapped, "details": details}
+    cli.write_report("aot_dispatch", "schedule", figures, device="compiled for, not run")
 
 
 if __name__ == "__main__":
