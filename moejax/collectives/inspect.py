@@ -18,8 +18,8 @@ from moejax.aot.collectives import (
 )
 from moejax.aot.flops import flops
 from moejax.aot.hlo import Instruction, Module
-from moejax.collectives.check import Traffic
 from moejax.collectives.schedule import crossed_axis
+from moejax.collectives.traffic import Traffic
 
 _COMPUTE = ("fusion", "dot", "convolution", "custom-call", "while", "conditional", "call")
 
@@ -56,7 +56,7 @@ class Inspection:
 def inspect_collectives(module: Module, mesh: Mesh) -> Inspection:
     """Facts of a program compiled for `mesh`, from `parse_hlo(compiled.as_text())`.
 
-    A message is charged to the outermost axis that it crosses, as in `check.traffic`; where the
+    A message is charged to the outermost axis that it crosses, as in `traffic.traffic`; where the
     mesh has further axes, each of their coordinates runs the schedule once. A native collective
     is charged as if every rank sent directly to every other one of its group, the total of any
     optimal algorithm; an all-reduce as reduce-scatter and all-gather; a ragged all-to-all as if

@@ -1,33 +1,33 @@
 """Runs a schedule inside `shard_map`: one `ppermute` per rail and step, everything else local.
 
 The steps are unrolled and no buffer is written: each message that lands is a value of its own, and
-where a rank finds a chunk is a position in the list of values so far, known when tracing. Ranks
-that do the same with different chunks read their start rows in the order of their first use, by
-one gather from a constant table; after it the builders' schedules need no index until the last
-row. The gradient is that of these operations: a permutation for a permutation.
+where a rank finds a chunk is a position in the list of values so far, known when tracing (`plan`).
+The gradient is that of these operations: a permutation for a permutation. Codecs are passed
+straight through: cotangents travel back by the same codec.
 
 Letters:
     C  chunks that a rank starts with    M  chunks in the messages of a step    R  ranks
 """
 
-import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moejax.collectives.check import simulate
-from moejax.collectives.schedule import Schedule
+from moejax.collectives.plan import Message, Table, make_plan
+from moejax.collectives.plan import arrived_chunks as arrived_chunks
+from moejax.collectives.schedule import Codec, Schedule
 from moejax.core.errors import check
 from moejax.kernels.vma import vary_over
 
 Transform = Callable[[int, Any], Any]
 Hook = Callable[[int, Any, Any], Any]
-Table = tuple[tuple[int, ...], ...]  # per rank, the positions of some rows
+Pairs = tuple[tuple[int, int], ...]
+COMBINE = {"add": lax.add, "max": lax.max, "xor": lax.bitwise_xor}
 
 
 def run_schedule(
@@ -55,19 +55,21 @@ def run_schedule(
     Returns:
         The rows of `schedule.end[rank]`, and the last carry.
 
-    Raises `InputError` for a schedule that `simulate` refuses, another mesh, or other rows than C.
+    Raises `InputError` for a schedule that `simulate` refuses, another mesh, or other rows than C,
+    for `xor` of floating rows, and for codes of others.
     """
-    plan = _plan(schedule)
     _check_fits(schedule, x)
     x = vary_over(schedule.axes, x)
+    if schedule.native:
+        unhooked = transform is None and hook is None
+        check(unhooked, f"native {schedule.native} takes no transform and no hook")
+        return _native(schedule, x), carry
+    plan = make_plan(schedule)
     rank = lax.axis_index(schedule.axes)
     values = _split(_take(x, plan.order, rank), len(schedule.start[0]))
     for index, messages in enumerate(plan.steps):
         with jax.named_scope(f"collective_step_{index}"):
-            landed = [_send(schedule, one, values, rank) for one in messages]
-            if len(landed) > 1:
-                # XLA:TPU runs independent chains of permutes one after the other, unless tied.
-                landed = list(lax.optimization_barrier(tuple(landed)))
+            landed = _exchange(schedule, messages, values, rank)
         arrived = _concatenate(landed)
         if transform is not None:
             arrived = transform(index, arrived)
@@ -79,106 +81,85 @@ def run_schedule(
     return _pick(values, plan.result, rank), carry
 
 
-def arrived_chunks(schedule: Schedule) -> tuple[np.ndarray, ...]:
-    """Per step, int32 [R, M]: the chunks that each rank's hook sees, -1 where none lands."""
-    tables = []
-    for step in schedule.steps:
-        columns = []
-        for transfers in step.rails():
-            rail = np.full((schedule.num_ranks, len(transfers[0].chunks)), -1, np.int32)
-            for one in transfers:
-                rail[one.dst] = one.chunks
-            columns.append(rail)
-        tables.append(np.concatenate(columns, axis=1))
-    return tuple(tables)
+def _native(schedule: Schedule, x: Any) -> Any:
+    axes, operation = schedule.axes, schedule.native
+
+    def run(leaf: jax.Array) -> jax.Array:
+        if operation == "all_reduce":
+            return lax.pcast(lax.psum(leaf, axes), axes, to="varying")
+        if operation == "reduce_scatter":
+            return lax.psum_scatter(leaf, axes, tiled=True)
+        if operation == "all_gather":
+            return lax.all_gather(leaf, axes, tiled=True)
+        check(operation == "all_to_all", f"native {operation!r} has no collective")
+        return lax.all_to_all(leaf, axes, 0, 0, tiled=True)
+
+    return jax.tree.map(run, x)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Message:
-    """One rail of one step."""
-
-    pairs: tuple[tuple[int, int], ...]
-    sent: Table
-    added: Table | None  # what the arriving rows are added to; None for a copy
-
-    @property
-    def width(self) -> int:
-        return len(self.sent[0])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """A schedule with positions for chunks: start rows first, then all that lands, in order."""
-
-    order: Table  # start rows by first use
-    steps: tuple[tuple[_Message, ...], ...]
-    result: Table
-
-
-@functools.lru_cache(maxsize=256)
-def _plan(schedule: Schedule) -> _Plan:
-    simulate(schedule)
-    position = [{chunk: row for row, chunk in enumerate(chunks)} for chunks in schedule.start]
-    num_values = len(schedule.start[0])
-    steps = []
-    for step in schedule.steps:
-        messages, landing = [], []
-        for transfers in step.rails():
-            sent: list[list[int]] = [[] for _ in schedule.start]
-            added: list[list[int]] = [[] for _ in schedule.start]
-            for one in transfers:
-                sent[one.src] = [position[one.src][chunk] for chunk in one.chunks]
-                if one.combine == "add":
-                    added[one.dst] = [position[one.dst][chunk] for chunk in one.chunks]
-                landing += [(one.dst, chunk, num_values + k) for k, chunk in enumerate(one.chunks)]
-            num_values += len(transfers[0].chunks)
-            pairs = tuple((one.src, one.dst) for one in transfers)
-            messages.append((pairs, sent, added))
-        steps.append(messages)
-        for dst, chunk, place in landing:
-            position[dst][chunk] = place
-    result = [[position[r][chunk] for chunk in chunks] for r, chunks in enumerate(schedule.end)]
-    return _renumbered(steps, result, len(schedule.start[0]))
+def _exchange(
+    schedule: Schedule, messages: Sequence[Message], values: list, rank: jax.Array
+) -> list[Any]:
+    """What lands in one step, by rail; what is read again of coded messages goes to `values`."""
+    rows = [_pick(values, message.sent, rank) for message in messages]
+    travelled = []
+    for message, row in zip(messages, rows, strict=True):
+        axes, pairs = _in_mesh_order(schedule, message.pairs)
+        if message.codec is None:
+            travelled.append(lax.ppermute(row, axes, pairs))
+            continue
+        again, arrived = _send_coded(row, message.codec, axes, pairs)
+        values += _split(again, message.width)
+        travelled.append(arrived)
+    landed = [
+        _combined(message, arrived, values, rank)
+        for message, arrived in zip(messages, travelled, strict=True)
+    ]
+    if len(landed) > 1:
+        # XLA:TPU runs independent chains of permutes one after the other, unless tied.
+        landed = list(lax.optimization_barrier(tuple(landed)))
+    return landed
 
 
-def _renumbered(steps: list, result: list[list[int]], num_start: int) -> _Plan:
-    """The plan, each rank's start rows renamed by first use."""
-    tables = [table for messages in steps for _, *both in messages for table in both] + [result]
-    order = []
-    for rank in range(len(result)):
-        uses = itertools.chain(*(table[rank] for table in tables), range(num_start))
-        order.append(tuple(dict.fromkeys(place for place in uses if place < num_start)))
-    renamed = [{row: new for new, row in enumerate(rows)} for rows in order]
-
-    def table(places: list[list[int]]) -> Table:
-        rows = [tuple(new.get(p, p) for p in row) for new, row in zip(renamed, places, strict=True)]
-        # Ranks without a message do what the first one with a message does: nobody reads it.
-        filler = next(row for row in rows if row)
-        return tuple(row or filler for row in rows)
-
-    return _Plan(
-        order=tuple(order),
-        steps=tuple(
-            tuple(
-                _Message(pairs=pairs, sent=table(sent), added=table(added) if any(added) else None)
-                for pairs, sent, added in messages
-            )
-            for messages in steps
-        ),
-        result=table(result),
-    )
-
-
-def _send(schedule: Schedule, message: _Message, values: list, rank: jax.Array) -> Any:
-    axes, pairs = _in_mesh_order(schedule, message.pairs)
-    arrived = lax.ppermute(_pick(values, message.sent, rank), axes, pairs)
-    if message.added is None:
+def _combined(message: Message, arrived: Any, values: list, rank: jax.Array) -> Any:
+    if message.held is None:
         return arrived
-    return jax.tree.map(lax.add, arrived, _pick(values, message.added, rank))
+    if message.combine == "xor":
+        for leaf in jax.tree.leaves(arrived):
+            whole = not jnp.issubdtype(leaf.dtype, jnp.inexact)
+            check(whole, f"xor wants whole numbers, got {leaf.dtype}; bitcast it")
+    held = _pick(values, message.held, rank)
+    return jax.tree.map(COMBINE[message.combine], arrived, held)
+
+
+def _send_coded(rows: Any, codec: Codec, axes: tuple[str, ...], pairs: list) -> tuple[Any, Any]:
+    """Rows as their sender reads them again, and as they arrive."""
+
+    def travel(leaf: jax.Array, pairs: list) -> tuple[jax.Array, jax.Array]:
+        check(jnp.issubdtype(leaf.dtype, jnp.floating), f"{codec} codes no {leaf.dtype}")
+        flat = leaf.reshape(leaf.shape[0], -1)
+        wire = codec.encode(flat)
+        both = (wire, lax.ppermute(wire, axes, pairs))
+        again, arrived = (codec.decode(one, flat.shape[1], leaf.dtype) for one in both)
+        return again.reshape(leaf.shape), arrived.reshape(leaf.shape)
+
+    @jax.custom_vjp
+    def send(leaf):
+        return travel(leaf, pairs)
+
+    def backward(_, cotangents):
+        kept, sent = cotangents
+        return (kept + travel(sent, [(dst, src) for src, dst in pairs])[1],)
+
+    send.defvjp(lambda leaf: (send(leaf), None), backward)
+    leaves, treedef = jax.tree.flatten(rows)
+    both = zip(*(send(leaf) for leaf in leaves), strict=True)
+    again, arrived = (treedef.unflatten(list(part)) for part in both)
+    return again, arrived
 
 
 def _in_mesh_order(
-    schedule: Schedule, pairs: tuple[tuple[int, int], ...]
+    schedule: Schedule, pairs: Pairs
 ) -> tuple[tuple[str, ...], list[tuple[int, int]]]:
     """The same messages, with axes ordered, and ranks counted, as in the mesh.
 

@@ -1,6 +1,5 @@
-"""Every builder with its operation and its native counterpart in `jax.lax`."""
+"""Every operation's native counterpart in `jax.lax`, and functions over the ranks of a mesh."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,43 +7,55 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax.collectives import builders
+from moejax.collectives.builders import BUILDERS
 from moejax.collectives.schedule import Schedule, Step, Transfer
 from moejax.core.mesh import make_mesh
 
 
-def _all_reduce(x, axes):
-    return lax.pcast(lax.psum(x, axes), axes, to="varying")
+def _varying(x, axes):
+    return lax.pcast(x, axes, to="varying")
 
 
-def _reduce_scatter(x, axes):
-    return lax.psum_scatter(x, axes, scatter_dimension=0, tiled=True)
+def _broadcast(x, axes):
+    here = lax.axis_index(axes) == 0
+    return _varying(lax.psum(jnp.where(here, x, jnp.zeros_like(x)), axes), axes)
 
 
-def _all_gather(x, axes):
-    return lax.all_gather(x, axes, tiled=True)
+def _parity(x, axes):
+    """Of whole numbers [R - 1, ...]: every rank looks at all pieces."""
+    rank, ranks = lax.axis_index(axes), lax.axis_size(axes)
+    pieces = lax.all_gather(x, axes)
+    parity = jnp.zeros_like(x[:1])
+    for other in range(ranks):
+        index = jnp.where(other < rank, rank - 1, rank) % (ranks - 1)
+        mine = pieces[other, index][None]
+        parity = jnp.where(other == rank, parity, parity ^ mine)
+    return parity
 
 
-def _all_to_all(x, axes):
-    return lax.all_to_all(x, axes, 0, 0, tiled=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    build: Callable[..., Schedule]
-    operation: str
-    native: Callable
-
-
-CASES = {
-    "ring_reduce_scatter": Case(builders.ring_reduce_scatter, "reduce_scatter", _reduce_scatter),
-    "ring_all_gather": Case(builders.ring_all_gather, "all_gather", _all_gather),
-    "ring_all_reduce": Case(builders.ring_all_reduce, "all_reduce", _all_reduce),
-    "shifted_all_to_all": Case(builders.shifted_all_to_all, "all_to_all", _all_to_all),
-    "two_level_all_to_all": Case(builders.two_level_all_to_all, "all_to_all", _all_to_all),
+NATIVE: dict[str, Callable] = {
+    "all_reduce": lambda x, axes: _varying(lax.psum(x, axes), axes),
+    "reduce_scatter": lambda x, axes: lax.psum_scatter(x, axes, tiled=True),
+    "all_gather": lambda x, axes: lax.all_gather(x, axes, tiled=True),
+    "all_to_all": lambda x, axes: lax.all_to_all(x, axes, 0, 0, tiled=True),
+    "round_trip": lambda x, axes: x,
+    "broadcast": _broadcast,
+    "parity": _parity,
 }
-ONE_AXIS = [name for name in CASES if name != "two_level_all_to_all"]
-GRIDS = [{"expert": 1}, {"expert": 2}, {"expert": 4}, {"expert": 8}]
+
+
+def grids(name: str, candidates: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Those of the candidates that a builder takes."""
+    builder, taken = BUILDERS[name], []
+    for axes in candidates:
+        ranks = 1
+        for size in axes.values():
+            ranks *= size
+        whole = not builder.power_of_two or ranks & (ranks - 1) == 0
+        enough = ranks > 1 or builder.operation != "parity"
+        if whole and enough and builder.num_axes in (None, len(axes)):
+            taken.append(axes)
+    return taken
 
 
 def two_rails() -> Schedule:
@@ -64,13 +75,17 @@ def two_rails() -> Schedule:
     )
 
 
-def sharded(fn: Callable, axes: dict[str, int], rows: int, axis_type: str = "auto"):
-    """(jitted fn over the mesh, an input of `rows` rows of 3 per rank), rows over all axes."""
+def over(fn: Callable, axes: dict[str, int], axis_type: str = "auto") -> tuple[Callable, jax.Array]:
+    """(jitted fn over a mesh, the sharding of its rows), rows over all axes."""
     mesh = make_mesh(**axes, axis_type=axis_type)
     spec = PartitionSpec(tuple(axes))
-    wrapped = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec))
-    size = rows
-    for extent in axes.values():
-        size *= extent
+    run = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec))
+    return run, NamedSharding(mesh, spec)
+
+
+def sharded(fn: Callable, axes: dict[str, int], rows: int, axis_type: str = "auto"):
+    """(jitted fn over the mesh, an input of `rows` rows of 3 per rank, the mesh)."""
+    run, sharding = over(fn, axes, axis_type)
+    size = rows * sharding.mesh.size
     x = jax.random.normal(jax.random.key(1), (size, 3), jnp.float32)
-    return wrapped, jax.device_put(x, NamedSharding(mesh, spec)), mesh
+    return run, jax.device_put(x, sharding), sharding.mesh

@@ -1,61 +1,57 @@
+"""Every builder is proven for every number of ranks that it takes; all ranks agree to the bit."""
+
 import pytest
 
-from moejax.collectives.builders import (
-    ring_all_gather,
-    shifted_all_to_all,
-    shifted_round_trip,
-    two_level_all_to_all,
-)
-from moejax.collectives.check import Traffic, check_schedule, traffic
-from moejax.core.errors import InputError
-from tests.collectives.cases import CASES, GRIDS, ONE_AXIS, two_rails
+from moejax.collectives.agreement import check_agreement
+from moejax.collectives.builders import BUILDERS
+from moejax.collectives.check import check_schedule
+from tests.collectives.cases import grids
+
+LINES = [{"expert": n} for n in range(1, 17)]
+BY_AXIS = [name for name in BUILDERS if name.startswith(("hierarchical", "torus", "two_level"))]
+PLANES = [(a, b) for a in range(1, 33) for b in range(1, 65 // a)]
+CUBES = [(a, b, c) for a, b in PLANES if a > 1 for c in range(2, 65) if a * b * c <= 64 and b > 1]
+MESHES = [dict(zip(("pod", "data", "expert"), sizes, strict=False)) for sizes in PLANES + CUBES]
 
 
-@pytest.mark.parametrize("name", ONE_AXIS)
-@pytest.mark.parametrize("axes", [*GRIDS, {"expert": 5}, {"data": 3, "expert": 4}], ids=str)
-def test_every_builder_is_proven(name, axes):
-    case = CASES[name]
-    check_schedule(case.build(axes), case.operation)
+def _prove(name: str, axes: dict[str, int]) -> int:
+    schedule, operation = BUILDERS[name].build(axes), BUILDERS[name].operation
+    check_schedule(schedule, operation)
+    check_agreement(schedule)
+    return schedule.num_ranks
 
 
-@pytest.mark.parametrize("outer", [1, 2, 3, 4])
-@pytest.mark.parametrize("inner", [1, 2, 4, 5])
-def test_two_levels_are_proven_and_cost_what_is_said(outer, inner):
-    schedule = two_level_all_to_all({"data": outer, "expert": inner})
-    check_schedule(schedule, "all_to_all")
-    ranks = outer * inner
-    assert traffic(schedule, 1) == {
-        "data": Traffic(messages=ranks * (outer - 1), nbytes=ranks * (ranks - inner)),
-        "expert": Traffic(messages=ranks * (inner - 1), nbytes=ranks * (inner - 1) * outer),
-    }
-    flat = traffic(shifted_all_to_all({"data": outer, "expert": inner}), 1)
-    assert flat["data"] == Traffic(messages=ranks * (ranks - inner), nbytes=ranks * (ranks - inner))
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_number_of_ranks(name):
+    few = [{"data": 2, "expert": n} for n in range(1, 5)] + [{"data": 3, "expert": 2}]
+    lines = grids(name, LINES + few)
+    proven = [_prove(name, axes) for axes in lines]
+    assert len(proven) >= 5 and max(proven) == max([8, *(a["expert"] for a in lines)])
 
 
-def test_rings_step_once_per_other_rank():
-    assert traffic(ring_all_gather({"expert": 8}), 10) == {
-        "expert": Traffic(messages=56, nbytes=560)
-    }
-    # A row-major ring over two axes crosses the outer one where a row ends.
-    crossed = traffic(ring_all_gather({"data": 2, "expert": 4}), 10)
-    assert (crossed["data"].messages, crossed["expert"].messages) == (14, 42)
+@pytest.mark.parametrize("name", BY_AXIS)
+def test_meshes_of_two_and_three_axes(name):
+    """Those of up to 16 ranks, and one of 64."""
+    last = {"pod": 4, "data": 4, "expert": 4}
+    small = [axes for axes in MESHES if _size(axes) <= 16]
+    taken = grids(name, [*small, last if BUILDERS[name].num_axes is None else {"a": 8, "b": 8}])
+    assert len(taken) >= 40
+    assert _prove(name, taken[-1]) == 64
+    for axes in taken[:-1]:
+        _prove(name, axes)
 
 
-def test_round_trip_and_hand_written_rails_are_proven():
-    check_schedule(shifted_round_trip({"data": 2, "expert": 3}), "round_trip")
-    check_schedule(two_rails(), "all_gather")
+@pytest.mark.full
+@pytest.mark.parametrize("name", [*BY_AXIS, "shifted_all_to_all"])
+def test_every_mesh_up_to_64_ranks(name):
+    taken = grids(name, MESHES)
+    assert len(taken) >= 200 and max(map(_size, taken)) == 64
+    for axes in taken:
+        _prove(name, axes)
 
 
-@pytest.mark.parametrize(
-    "build, axes, message",
-    [
-        (two_level_all_to_all, {"expert": 8}, "two levels want two axes, got {'expert': 8}"),
-        (two_level_all_to_all, {"a": 2, "b": 2, "c": 2}, "two levels want two axes"),
-        (shifted_all_to_all, {}, "at least one axis"),
-        (ring_all_gather, {"expert": 0}, "axis expert=0 must be a whole number above 0"),
-        (ring_all_gather, {"expert": 4.0}, "axis expert=4.0 must be a whole number"),
-    ],
-)
-def test_what_does_not_fit_is_refused(build, axes, message):
-    with pytest.raises(InputError, match=message.replace("{", r"\{")):
-        build(axes)
+def _size(axes: dict[str, int]) -> int:
+    size = 1
+    for extent in axes.values():
+        size *= extent
+    return size

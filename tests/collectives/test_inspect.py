@@ -1,5 +1,7 @@
 """Bytes that a compiled program moves are those that the schedule says, and overlap is seen."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,12 +11,13 @@ from jax.sharding import PartitionSpec as P
 from moejax.aot.compile import compile_for
 from moejax.aot.hlo import parse_hlo
 from moejax.aot.targets import target_mesh
-from moejax.collectives.builders import shifted_round_trip
-from moejax.collectives.check import Traffic, traffic
+from moejax.collectives import compose
+from moejax.collectives.builders import BUILDERS, shifted_round_trip
 from moejax.collectives.inspect import inspect_collectives
 from moejax.collectives.lower import run_schedule
+from moejax.collectives.traffic import Traffic, traffic
 from moejax.core.mesh import make_mesh
-from tests.collectives.cases import CASES, sharded
+from tests.collectives.cases import NATIVE, sharded
 
 GRID = {"data": 2, "expert": 4}
 CHUNK = 3 * 4  # bytes of a row of 3 float32
@@ -34,17 +37,39 @@ def _permutes(schedule, chunk_bytes, copies=1):
     }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_bytes_are_those_of_the_schedule(name):
-    schedule = CASES[name].build(GRID)
-    found = _compiled(lambda x: run_schedule(schedule, x)[0], len(schedule.start[0]))
-    assert found.traffic == _permutes(schedule, CHUNK)
+def test_compiled_bytes_are_those_of_the_schedules():
+    """All builders in one program, each on numbers of its own, so that none is folded away."""
+    schedules = [b.build(GRID) for b in BUILDERS.values() if b.operation != "parity"]
+    schedules.append(compose.with_combine(BUILDERS["ring_all_reduce"].build(GRID), "max"))
+
+    def run(x):
+        inputs = (
+            (1.5 + i) * x[: len(one.start[0])]
+            if len(one.start[0]) <= 8
+            else jnp.tile(x, (2, 1)) * i
+            for i, one in enumerate(schedules)
+        )
+        return [run_schedule(one, rows)[0] for one, rows in zip(schedules, inputs, strict=True)]
+
+    found = _compiled(run, 8)
+    want = Counter()
+    for one in schedules:
+        for axis, moved in traffic(one, CHUNK).items():
+            want[axis, "messages"] += moved.messages
+            want[axis, "nbytes"] += moved.nbytes
+    got = {
+        (axis, name): getattr(moved, name)
+        for (kind, axis), moved in found.traffic.items()
+        for name in ("messages", "nbytes")
+        if kind == "collective-permute"
+    }
+    assert got == want and len(found.traffic) == 2
     assert all(one.start == one.done for one in found.flights)  # XLA:CPU: all synchronous
     assert (found.max_in_flight, found.overlapped) == (0, ())
 
 
 def test_a_gradient_moves_the_same_bytes_again():
-    schedule = CASES["two_level_all_to_all"].build(GRID)
+    schedule = BUILDERS["two_level_all_to_all"].build(GRID)
 
     def both(x):
         y, pullback = jax.vjp(lambda x: run_schedule(schedule, x)[0], x)
@@ -54,7 +79,7 @@ def test_a_gradient_moves_the_same_bytes_again():
 
 
 def test_each_coordinate_of_another_axis_runs_the_schedule():
-    schedule = CASES["shifted_all_to_all"].build({"expert": 4})
+    schedule = BUILDERS["shifted_all_to_all"].build({"expert": 4})
     found = _compiled(lambda x: run_schedule(schedule, x)[0], 4)
     assert found.traffic == _permutes(schedule, CHUNK, copies=2)
 
@@ -69,13 +94,13 @@ def test_each_coordinate_of_another_axis_runs_the_schedule():
     ],
 )
 def test_native_collectives_move_as_much_as_the_optimal_schedule(name, rows, each, kind):
-    found = _compiled(lambda x: CASES[name].native(x, tuple(GRID)), rows)
+    found = _compiled(lambda x: NATIVE[BUILDERS[name].operation](x, tuple(GRID)), rows)
     # Of 7 others, 3 are in the same row of the grid; one chunk to each, twice for an all-reduce.
     assert {key: moved.nbytes for key, moved in found.traffic.items()} == {
         (kind, "data"): 8 * 4 * CHUNK * each,
         (kind, "expert"): 8 * 3 * CHUNK * each,
     }
-    ours = traffic(CASES[name].build(GRID), CHUNK)
+    ours = traffic(BUILDERS[name].build(GRID), CHUNK)
     total = sum(moved.nbytes for moved in found.traffic.values())
     assert total == sum(moved.nbytes for moved in ours.values())
 
