@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from moejax.checkpoint import manager as checkpoints
 from moejax.core.errors import check
 from moejax.data.source import RandomWindows, Source
+from moejax.dispatch.overlap import overlap_options
 from moejax.models.config import DecoderConfig
 from moejax.training.config import TrainConfig
 from moejax.training.feed import batch_struct, feed
@@ -141,7 +142,8 @@ def _run(
     step = saved_step = log.num_steps
     struct, done = batch_struct(cfg, mesh), np.float32(0)
     # Compiled before the clock starts: only training counts against the horizon.
-    run_step = train_step.lower(state, struct, done, model=model, cfg=cfg, mesh=mesh).compile()
+    lowered = train_step.lower(state, struct, done, model=model, cfg=cfg, mesh=mesh)
+    run_step = lowered.compile(overlap_options(jax.default_backend()) or None)
     hooks.compiled(step, run_step)
     clock = _start_clock(log.elapsed_secs)
     saved_secs = clock()
