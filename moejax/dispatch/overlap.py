@@ -3,7 +3,7 @@
 Found by compiling for the targets (`experiments/aot_dispatch.py`, table in `docs/dispatch.md`).
 """
 
-_OPTIONS: dict[str, dict[str, bool | int]] = {
+_OPTIONS: dict[str, dict[str, bool | str]] = {
     # An all-to-all is synchronous unless told otherwise; permutes, all-gathers and reduce-scatters
     # are asynchronous by default.
     "tpu": {"xla_tpu_enable_async_all_to_all": True},
@@ -11,14 +11,14 @@ _OPTIONS: dict[str, dict[str, bool | int]] = {
     # one product, and their all-gathers and reduce-scatters one collective: nothing is left to
     # hide behind.
     "gpu": {
-        "xla_gpu_dot_merger_threshold_mb": 0,
-        "xla_gpu_all_gather_combine_threshold_bytes": 0,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
+        "xla_gpu_dot_merger_threshold_mb": "0",
+        "xla_gpu_all_gather_combine_threshold_bytes": "0",
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": "0",
     },
 }
 
 
-def overlap_options(platform: str) -> dict[str, bool | int]:
+def overlap_options(platform: str) -> dict[str, bool | str]:
     """`compiler_options` of `jax.jit` or `Lowered.compile` for a platform (`Device.platform`).
 
     The training loop passes them. Empty where nothing has to be said.

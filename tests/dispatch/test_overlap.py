@@ -19,11 +19,12 @@ def test_cpu_needs_none():
 def test_on_tpu_an_all_to_all_is_asynchronous_with_them_alone(options):
     mesh = target_mesh("v5e:2x2", expert=4)
 
-    def swap(x):
-        return jax.lax.all_to_all(x, "expert", 0, 0, tiled=True)
+    def swap(x, w):
+        return jax.lax.all_to_all(x, "expert", 0, 0, tiled=True), w @ w
 
-    body = jax.shard_map(swap, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
-    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
-    x = abstract(x, NamedSharding(mesh, P("expert")))
-    found = compile_for(body, (x,), compiler_options=options or None).collectives
+    specs = (P("expert"), P())
+    body = jax.shard_map(swap, mesh=mesh, in_specs=specs, out_specs=specs)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2048, 1024), (1024, 1024))]
+    args = [abstract(x, NamedSharding(mesh, spec)) for x, spec in zip(shapes, specs, strict=True)]
+    found = compile_for(body, args, compiler_options=options or None).collectives
     assert [(one.kind, one.is_async) for one in found] == [("all-to-all", bool(options))]
