@@ -20,6 +20,7 @@ from moejax.collectives.exchanges import shifted_round_trip as shifted_round_tri
 from moejax.collectives.exchanges import two_level_all_to_all as two_level_all_to_all
 from moejax.collectives.parity import xor_parity as xor_parity
 from moejax.collectives.rings import bidirectional_ring_all_reduce as bidirectional_ring_all_reduce
+from moejax.collectives.rings import direct_all_reduce as direct_all_reduce
 from moejax.collectives.rings import hierarchical_all_gather as hierarchical_all_gather
 from moejax.collectives.rings import hierarchical_all_reduce as hierarchical_all_reduce
 from moejax.collectives.rings import hierarchical_reduce_scatter as hierarchical_reduce_scatter
@@ -45,6 +46,7 @@ BUILDERS: dict[str, Builder] = {
     "ring_all_gather": Builder(ring_all_gather, "all_gather"),
     "ring_all_reduce": Builder(ring_all_reduce, "all_reduce"),
     "bidirectional_ring_all_reduce": Builder(bidirectional_ring_all_reduce, "all_reduce"),
+    "direct_all_reduce": Builder(direct_all_reduce, "all_reduce"),
     "hierarchical_reduce_scatter": Builder(hierarchical_reduce_scatter, "reduce_scatter"),
     "hierarchical_all_gather": Builder(hierarchical_all_gather, "all_gather"),
     "hierarchical_all_reduce": Builder(hierarchical_all_reduce, "all_reduce"),

@@ -45,6 +45,22 @@ def bidirectional_ring_all_reduce(axes: Mapping[str, int]) -> Schedule:
     return side_by_side(ring_all_reduce(axes), ring_all_reduce(axes, -1))
 
 
+def direct_all_reduce(axes: Mapping[str, int]) -> Schedule:
+    """Each chunk straight to the rank that sums it, R - 1 steps, then round a ring to all.
+
+    As many messages and bytes as `ring_all_reduce`, and with a codec every contribution is coded
+    once instead of in every partial sum.
+    """
+    ranks = num_ranks(axes)
+
+    def message(shift: int, src: int) -> Transfer:
+        dst = (src + shift) % ranks
+        return Transfer(src, dst, (dst,), "add")
+
+    steps = [every_rank(ranks, message, shift) for shift in range(1, ranks)]
+    return build(axes, "all_reduce", ranks, [*steps, *_gathering((ranks,), [0])])
+
+
 def hierarchical_reduce_scatter(axes: Mapping[str, int]) -> Schedule:
     """As `ring_reduce_scatter`, by a ring along each axis, the innermost first.
 
