@@ -56,14 +56,16 @@ class Arm:
 
 
 ALL_TO_ALL = {"inner": slotted(RANKS)}
+# Compiled natively everywhere: stands in for the kernel of a real run.
+RAGGED = {"inner": resident_by(ragged_ffn)}
 ARMS = {
     "all_to_all": Arm(strategy="all_to_all", arguments=ALL_TO_ALL),
     "all_to_all, options": Arm(strategy="all_to_all", arguments=ALL_TO_ALL, with_options=True),
     "all_to_all, shifted": Arm(
         strategy="all_to_all", arguments=ALL_TO_ALL | {"lowering": "shifted"}
     ),
-    # Compiled natively everywhere: stands in for the kernel of a real run.
-    "gather": Arm(strategy="gather", arguments={"inner": resident_by(ragged_ffn)}),
+    "gather": Arm(strategy="gather", arguments=RAGGED),
+    "gather, options": Arm(strategy="gather", arguments=RAGGED, with_options=True),
 }
 
 

@@ -16,10 +16,12 @@ from absl import flags
 
 from experiments import cli
 from experiments.train_steps import launch
+from experiments.train_steps.advised import follow_calibration
 from experiments.train_steps.load_config import load_config
 from experiments.train_steps.run import make_source, run
 from moejax.core.errors import check
 from moejax.core.overlay import overlay
+from moejax.costmodel.advice import read_calibration
 from moejax.data.text import load_corpus
 from moejax.training.heldout import heldout_starts
 from moejax.training.sharding import check_mesh
@@ -27,6 +29,9 @@ from moejax.training.sharding import check_mesh
 CONFIG = flags.DEFINE_string("config", "configs/byte_moe.py", "Python file with get_config()")
 WORKDIR = flags.DEFINE_string("workdir", "workdir/train", "folder for checkpoints and metrics")
 DATA = flags.DEFINE_string("data", None, "text file or folder; default: the standard library")
+CALIBRATION = flags.DEFINE_string(
+    "calibration", None, "JSON of scripts.calibrate: chooses levels and chunks of hierarchical"
+)
 SET = cli.define_set()
 flags.adopt_module_key_flags(launch)
 
@@ -39,6 +44,9 @@ def main() -> None:
     cfg = overlay(load_config(CONFIG.value), SET.value)
     if DATA.value is not None:
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=DATA.value))
+    advice = None
+    if CALIBRATION.value is not None:
+        cfg, advice = follow_calibration(cfg, read_calibration(CALIBRATION.value))
     launch.check_flags(cfg.mesh.size)
     model, corpus = cfg.model.decoder(), load_corpus(cfg.data)
     source = make_source(cfg, corpus)
@@ -50,6 +58,9 @@ def main() -> None:
     launch.join(cfg.mesh.size)
     figures = run(cfg, model, source, corpus.heldout.data, workdir)
     if jax.process_index() == 0:
+        if advice is not None:
+            print(advice.explain())
+            figures["dispatch_choice"] = advice.figures()
         cli.write_report("train", "time", figures)
 
 

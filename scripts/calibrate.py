@@ -26,16 +26,9 @@ from experiments import cli
 from experiments.bench.timing import ROUNDS, interleave
 from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
-from moejax.costmodel.hierarchy import (
-    Choice,
-    Level,
-    candidate_levels,
-    choose_levels,
-    level_rows,
-    touched_share,
-)
+from moejax.costmodel.advice import Calibration, LayerShape, advise
+from moejax.costmodel.hierarchy import Level, candidate_levels
 from moejax.costmodel.links import Fit, fit_link
-from moejax.costmodel.pipeline import LayerTimes, Operation, choose_chunks
 
 DATA = flags.DEFINE_integer("data_ranks", 1, "outer mesh axis, the slower links", lower_bound=1)
 EXPERT = flags.DEFINE_integer("expert_ranks", 1, "inner mesh axis", lower_bound=1)
@@ -100,28 +93,15 @@ def calibrate(mesh: Mesh, sizes: list[int], rounds: int) -> tuple[dict[str, dict
     return fits, fit_medians({operations * n: product(n) for n in (64, 256, 1024, 2048)}, rounds)
 
 
-def advise(mesh: Mesh, exchange: dict[Level, Fit], gemm: Fit) -> tuple[Choice, int, dict]:
-    """Levels and chunks for the layer that the flags describe, with uniform routing."""
-    sizes = {axis: mesh.shape[axis] for axis in ("data", "expert") if mesh.shape[axis] > 1}
-    groups = np.cumprod(list(sizes.values())).tolist()
-    shares = {u: touched_share(EXPERTS.value, TOP_K.value, u) for u in groups}
-    links = {level: fit.link for level, fit in exchange.items()}
-    row_bytes = 4 * D_MODEL.value
-    choice = choose_levels(sizes, links, tokens=TOKENS.value, row_bytes=row_bytes, shares=shares)
-    rows = level_rows(choice.levels, sizes, tokens=TOKENS.value, shares=shares)
-    moved = [links[level] for level in choice.levels]
-    dispatch = Operation(
-        alpha_s=sum(link.alpha_s for link in moved),
-        work_s=sum(
-            link.beta_s_per_byte * n * row_bytes for link, n in zip(moved, rows, strict=True)
-        ),
+def layer_of_flags() -> LayerShape:
+    """The layer to advise on."""
+    return LayerShape(
+        tokens=TOKENS.value,
+        num_experts=EXPERTS.value,
+        top_k=TOP_K.value,
+        d_model=D_MODEL.value,
+        d_ff=D_FF.value,
     )
-    operations = 6.0 * TOKENS.value * TOP_K.value * D_MODEL.value * D_FF.value
-    experts = Operation(
-        alpha_s=3 * gemm.link.alpha_s, work_s=gemm.link.beta_s_per_byte * operations
-    )
-    times = LayerTimes(dispatch=dispatch, experts=experts, combine=dispatch)
-    return choice, *choose_chunks(times)
 
 
 def main() -> None:
@@ -139,7 +119,13 @@ def main() -> None:
     )
     mesh = make_mesh(data=DATA.value, expert=EXPERT.value)
     fits, gemm = calibrate(mesh, sizes, ROUNDS.value)
-    choice, num_chunks, by_chunks = advise(mesh, fits["all_to_all"], gemm)
+    sizes_by_axis = {axis: n for axis, n in mesh.shape.items() if n > 1}
+    found = Calibration(
+        sizes=sizes_by_axis,
+        exchange={level: fit.link for level, fit in fits["all_to_all"].items()},
+        product=gemm.link,
+    )
+    advice = advise(found, layer_of_flags())
     flat = {
         f"{kind}.{'+'.join(level)}": fit
         for kind, found in fits.items()
@@ -151,18 +137,14 @@ def main() -> None:
         table.add_row(name, *line, f"{fit.r2:.4f}", f"{fit.worst_residual:.0%}")
     console = Console(width=None if Console().is_terminal else 110)
     console.print(table)
-    chunks = ", ".join(f"{r}: {1e3 * s:.3f} ms" for r, s in by_chunks.items())
-    console.print(choice.explain(), f"chunks {num_chunks} of {chunks}", sep="\n")
+    console.print(advice.explain())
     figures = {
         "alpha_s": {name: fit.link.alpha_s for name, fit in flat.items()},
         "beta_s_per_byte": {name: fit.link.beta_s_per_byte for name, fit in flat.items()},
         "r2": {name: fit.r2 for name, fit in flat.items()},
         "worst_residual": {name: fit.worst_residual for name, fit in flat.items()},
-        "choice": {
-            "levels": choice.explain(),
-            "num_chunks": num_chunks,
-            "seconds_by_chunks": {str(r): s for r, s in by_chunks.items()},
-        },
+        "sizes": sizes_by_axis,
+        "choice": advice.figures(),
     }
     cli.write_report("calibrate", "time", figures)
 

@@ -72,8 +72,8 @@ def compile_for_h100(
 
     Raises `InputError` where the plugin is missing. Cost: seconds; nothing runs.
     """
-    lowered = jax.jit(fn).trace(*abstract_args).lower(lowering_platforms=("cuda",))
     devices = _devices(_num_devices(abstract_args))
+    lowered = jax.jit(fn).trace(*abstract_args).lower(lowering_platforms=("cuda",))
     executable = devices[0].client.compile(  # pyrefly: ignore[missing-attribute]
         lowered.compiler_ir("stablehlo"),
         executable_devices=_device_list(devices),

@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 from moejax.core.errors import check
+from moejax.costmodel.hierarchy import Level, candidate_levels
 from moejax.dispatch.api import STRATEGIES, make_dispatch
 from moejax.dispatch.slots import Capacity
 from moejax.experts.stage import Stage
@@ -16,8 +17,8 @@ class DispatchConfig:
 
     Attributes:
         strategy: a name of `moejax.dispatch.api.STRATEGIES`.
-        over_data: experts are split over the mesh axis `data` too, not only over `expert`; for
-            `hierarchical` these are its two levels.
+        over_data: experts are split over the mesh axis `data` too, not only over `expert`.
+        num_levels: of `hierarchical`; with 1 it sends over all axes at once.
         capacity_factor: of the strategies that have a capacity.
         num_chunks: of tokens; see `pipelined`.
         fall_back: repeat a layer by `gather` where any rank dropped anything.
@@ -25,6 +26,7 @@ class DispatchConfig:
 
     strategy: str = "gather"
     over_data: bool = False
+    num_levels: int | None = None  # as many as there are axes
     capacity_factor: float = 1.25
     num_chunks: int = 1
     fall_back: bool = False
@@ -34,17 +36,30 @@ class DispatchConfig:
         check(self.strategy in known, f"strategy={self.strategy!r} is not one of {known}")
         check(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor} must be positive")
         check(self.num_chunks >= 1, f"num_chunks={self.num_chunks} must be at least 1")
+        most = len(self.axes)
+        check(
+            self.num_levels is None or 1 <= self.num_levels <= most,
+            f"num_levels={self.num_levels} is not in 1 to {most}, over {' and '.join(self.axes)}",
+        )
 
     @property
     def axes(self) -> tuple[str, ...]:
         """Mesh axes that experts are split over."""
         return ("data", "expert") if self.over_data else ("expert",)
 
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Of `hierarchical`, outermost first."""
+        return candidate_levels(self.axes)[(self.num_levels or len(self.axes)) - 1]
+
     def stage(self, num_experts: int, gate: str, token_axes: tuple[str, ...]) -> Stage:
         """The stage for use inside `shard_map`; raises `InputError` for an invalid gate."""
         names = inspect.signature(STRATEGIES[self.strategy].build).parameters
         options: dict[str, Any] = {"token_axes": token_axes}
-        options["levels" if "levels" in names else "axis"] = self.axes
+        if "levels" in names:
+            options["levels"] = self.levels
+        else:
+            options["axis"] = self.axes
         if "capacity" in names:
             options["capacity"] = Capacity(factor=self.capacity_factor)
         return make_dispatch(

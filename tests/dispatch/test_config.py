@@ -16,6 +16,13 @@ def test_every_strategy_without_further_choices_is_one_name_away(strategy, over_
     assert cfg.axes == (AXES if over_data else ("expert",))
 
 
+def test_levels_are_all_axes_unless_told_otherwise():
+    both = DispatchConfig(strategy="hierarchical", over_data=True)
+    one = DispatchConfig(strategy="hierarchical", over_data=True, num_levels=1)
+    assert both.levels == (("data",), ("expert",))
+    assert one.levels == (AXES,)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(InputError, match="strategy='local' is not one of .*'all_to_all', 'gather'"):
         DispatchConfig(strategy="local")
@@ -25,6 +32,8 @@ def test_what_cannot_be_is_refused():
         DispatchConfig(capacity_factor=0)
     with pytest.raises(InputError, match="num_chunks=0 must be at least 1"):
         DispatchConfig(num_chunks=0)
+    with pytest.raises(InputError, match="num_levels=2 is not in 1 to 1, over expert"):
+        DispatchConfig(strategy="hierarchical", num_levels=2)
     with pytest.raises(InputError, match="does not go with gate 'soft'"):
         DispatchConfig().stage(8, "soft", AXES)
     with pytest.raises(InputError, match="'gather' drops nothing, it needs no fall_back"):
