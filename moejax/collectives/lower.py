@@ -69,7 +69,7 @@ def run_schedule(
     values = _split(_take(x, plan.order, rank), len(schedule.start[0]))
     for index, messages in enumerate(plan.steps):
         with jax.named_scope(f"collective_step_{index}"):
-            landed = _exchange(schedule, messages, values, rank)
+            landed = _tie(_exchange(schedule, messages, values, rank))
         arrived = _concatenate(landed)
         if transform is not None:
             arrived = transform(index, arrived)
@@ -79,6 +79,36 @@ def run_schedule(
         if hook is not None:
             carry = hook(index, arrived, carry)
     return _pick(values, plan.result, rank), carry
+
+
+def run_together(schedules: Sequence[Schedule], xs: Sequence[Any]) -> list[Any]:
+    """Several schedules step by step at once, as `run_schedule` runs one; what each returns.
+
+    Steps of the same number are in flight together. Native schedules run before all others.
+    """
+    results, going = {}, {}
+    for k, (schedule, x) in enumerate(zip(schedules, xs, strict=True)):
+        if schedule.native:
+            results[k] = run_schedule(schedule, x)[0]
+            continue
+        _check_fits(schedule, x)
+        plan, rank = make_plan(schedule), lax.axis_index(schedule.axes)
+        rows = _take(vary_over(schedule.axes, x), plan.order, rank)
+        going[k] = schedule, plan, rank, _split(rows, len(schedule.start[0]))
+    for index in range(max((len(plan.steps) for _, plan, _, _ in going.values()), default=0)):
+        with jax.named_scope(f"collective_step_{index}"):
+            moving = {k: one for k, one in going.items() if index < len(one[1].steps)}
+            landed = {
+                k: _exchange(schedule, plan.steps[index], values, rank)
+                for k, (schedule, plan, rank, values) in moving.items()
+            }
+            tied = iter(_tie([row for rows in landed.values() for row in rows]))
+        for _, plan, _, values in moving.values():
+            for message in plan.steps[index]:
+                values += _split(next(tied), message.width)
+    for k, (_, plan, rank, values) in going.items():
+        results[k] = _pick(values, plan.result, rank)
+    return [results[k] for k in range(len(results))]
 
 
 def _native(schedule: Schedule, x: Any) -> Any:
@@ -111,14 +141,15 @@ def _exchange(
         again, arrived = _send_coded(row, message.codec, axes, pairs)
         values += _split(again, message.width)
         travelled.append(arrived)
-    landed = [
+    return [
         _combined(message, arrived, values, rank)
         for message, arrived in zip(messages, travelled, strict=True)
     ]
-    if len(landed) > 1:
-        # XLA:TPU runs independent chains of permutes one after the other, unless tied.
-        landed = list(lax.optimization_barrier(tuple(landed)))
-    return landed
+
+
+def _tie(landed: list[Any]) -> list[Any]:
+    """XLA:TPU runs independent chains of permutes one after the other, unless tied."""
+    return list(lax.optimization_barrier(tuple(landed))) if len(landed) > 1 else landed
 
 
 def _combined(message: Message, arrived: Any, values: list, rank: jax.Array) -> Any:
