@@ -1,4 +1,4 @@
-"""Compiling for GPUs: what it refuses here. What it gives is in `results/aot_dispatch_h100.json`."""
+"""Compiling for GPUs: what it refuses here. What it gives: `results/aot_dispatch_h100.json`."""
 
 import importlib.util
 
