@@ -1,0 +1,1 @@
+"""Training with less communication: what is averaged over workers, when, and how it is coded."""
