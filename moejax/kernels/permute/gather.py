@@ -17,6 +17,9 @@ from flax import struct
 from moejax.core.errors import check
 from moejax.kernels.vma import vary_together
 
+# Up to so many assignments (decode) are ranked by comparing all pairs; measured, docs/kernels.md.
+_FEW = 64
+
 
 @struct.dataclass(kw_only=True)
 class Permutation:
@@ -34,7 +37,8 @@ def sort_by_group(
 
     Ids outside [0, num_groups) belong to no group: their rows come last, past
     `sum(group_sizes)`. With `group_order` (int32 [G], a permutation) the groups are laid out in
-    that order and `group_sizes[p]` counts group `group_order[p]`. Cost: one sort of N integers.
+    that order and `group_sizes[p]` counts group `group_order[p]`. Cost: one sort of N integers, or
+    N * N comparisons where N is small.
     """
     check(topk_idx.ndim == 2, f"topk_idx has shape {topk_idx.shape}, expected [T, K]")
     with jax.named_scope("moe_sort"):
@@ -50,13 +54,27 @@ def sort_by_group(
             rank = rank.at[group_order].set(jnp.arange(num_groups, dtype=jnp.int32))
             position = rank[jnp.clip(position, 0, num_groups - 1)]
         position = jnp.where(valid, position, num_groups)
-        order = jnp.argsort(position, stable=True).astype(jnp.int32)
-        assignment = jnp.arange(position.shape[0], dtype=jnp.int32)
-        inverse = jnp.zeros_like(order).at[order].set(assignment, unique_indices=True)
+        order, inverse = (_rank if position.shape[0] <= _FEW else _sort)(position)
         members = position[:, None] == jnp.arange(num_groups, dtype=jnp.int32)[None, :]
         return Permutation(
             order=order, inverse=inverse, group_sizes=jnp.sum(members, axis=0, dtype=jnp.int32)
         )
+
+
+def _sort(position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    order = jnp.argsort(position, stable=True).astype(jnp.int32)
+    assignment = jnp.arange(position.shape[0], dtype=jnp.int32)
+    return order, jnp.zeros_like(order).at[order].set(assignment, unique_indices=True)
+
+
+def _rank(position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `_sort` gives, as two fused loops: a sort is a call of its own, and so is a scatter."""
+    n = jnp.arange(position.shape[0], dtype=jnp.int32)
+    equal = position[None, :] == position[:, None]
+    before = (position[None, :] < position[:, None]) | equal & (n[None, :] < n[:, None])
+    inverse = jnp.sum(before, axis=1, dtype=jnp.int32)
+    holds = inverse[None, :] == n[:, None]
+    return jnp.sum(jnp.where(holds, n[None, :], 0), axis=1, dtype=jnp.int32), inverse
 
 
 def permute(x: jax.Array, perm: Permutation, top_k: int) -> jax.Array:

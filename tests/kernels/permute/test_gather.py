@@ -20,19 +20,23 @@ def topk_idx():
     return jnp.asarray(ids, jnp.int32)
 
 
+@pytest.mark.parametrize("copies", [1, 2], ids=["few", "many"])
 @pytest.mark.parametrize("group_order", [None, (3, 1, 5, 0, 2, 4)])
-def test_sort_equals_reference(topk_idx, group_order):
+def test_sort_equals_reference(topk_idx, group_order, copies):
+    topk_idx = jnp.tile(topk_idx, (copies, 1))
     order = None if group_order is None else jnp.asarray(group_order, jnp.int32)
     fast = jax.jit(lambda ids: sort_by_group(ids, G, group_order=order))(topk_idx)
     slow = reference.sort_by_group(topk_idx, G, group_order=order)
     jax.tree.map(np.testing.assert_array_equal, fast, slow)
 
 
-def test_sort_is_stable_and_sentinels_come_last(topk_idx):
+@pytest.mark.parametrize("copies", [1, 2], ids=["few", "many"])
+def test_sort_is_stable_and_sentinels_come_last(topk_idx, copies):
+    topk_idx = jnp.tile(topk_idx, (copies, 1))
     perm = sort_by_group(topk_idx, G)
     flat = np.asarray(topk_idx).reshape(-1)
     np.testing.assert_array_equal(perm.order, np.argsort(np.minimum(flat, G), kind="stable"))
-    np.testing.assert_array_equal(perm.order[perm.inverse], np.arange(T * K))
+    np.testing.assert_array_equal(perm.order[perm.inverse], np.arange(flat.size))
     np.testing.assert_array_equal(perm.group_sizes, np.bincount(flat, minlength=G)[:G])
     assert (flat[perm.order[int(perm.group_sizes.sum()) :]] >= G).all()
 
