@@ -233,7 +233,7 @@ def main() -> None:
         moved = (f"{wire[name][axis] / 2**20:.2f}" for axis in AXES)
         row = (*moved, f"{temporary[name] / 2**20:.1f}", str(drops[name]))
         table.add_row(name, f"{ratio:.2f}", *row)
-    Console().print(table)
+    Console(width=None if Console().is_terminal else 110).print(table)
     figures = row_counts(mesh, uniform[1]) | {
         "wire_bytes": wire,
         "wire_over_incidences": padding(wire["hierarchical"], np.asarray(uniform[1])),
