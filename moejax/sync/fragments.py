@@ -81,6 +81,19 @@ def check_fragments(tree: Any, fragments: Sequence[Fragment]) -> None:
         check(everything, f"of leaf {i}, of shape {leaf.shape}, only rows {sorted(map(str, rows))}")
 
 
+def by_axes(leaves: Sequence[jax.Array], fragment: Fragment) -> tuple[Fragment, ...]:
+    """The fragment in parts whose leaves vary over the same mesh axes, inside `shard_map`.
+
+    Experts and dense weights cannot be one vector: ranks that share the latter would no longer know
+    that they do.
+    """
+    groups: dict[frozenset, list[Part]] = {}
+    for part in fragment:
+        axes = jax.typeof(leaves[part.leaf]).manual_axis_type.varying
+        groups.setdefault(axes, []).append(part)
+    return tuple(tuple(parts) for parts in groups.values())
+
+
 def take(leaves: Sequence[jax.Array], fragment: Fragment) -> jax.Array:
     """The fragment as one float32 vector."""
     parts = [_select(leaves[part.leaf], part).astype(jnp.float32) for part in fragment]

@@ -52,3 +52,15 @@ def coded_sum(
         return all_reduce(schedule, padded)[: x.size], project(codec, padded, rows)[: x.size]
 
     return reduce
+
+
+def sent_bytes(n: int, workers: int, codec: Codec | None = None) -> float:
+    """Bytes that each worker sends for one sum of n float32, padding of chunks included.
+
+    Of a plain sum, those of the best algorithm.
+    """
+    if codec is None:
+        return 2 * (workers - 1) / workers * 4 * n
+    if isinstance(codec, TopK | TwoBit):
+        return (workers - 1) * codec.nbytes(n, 4)
+    return 2 * (workers - 1) * codec.nbytes(-(-n // workers), 4)

@@ -22,9 +22,9 @@ from jax import lax
 
 from moejax.collectives.schedule import Codec
 from moejax.core.errors import check
-from moejax.sync.fragments import Fragment, check_fragments, put, take, whole
+from moejax.sync.fragments import Fragment, by_axes, check_fragments, put, size, take, whole
 from moejax.sync.plan import SyncPlan
-from moejax.sync.reduce import Reducer, coded_sum, plain_sum
+from moejax.sync.reduce import Reducer, coded_sum, plain_sum, sent_bytes
 
 
 @struct.dataclass(kw_only=True)
@@ -95,7 +95,7 @@ def _step(
         "residual": state.residual,
     }
     leaves = {k: jax.tree.leaves(tree) for k, tree in trees.items() if tree is not None}
-    for fragment in fragments:
+    for fragment in (part for one in fragments for part in by_axes(leaves["params"], one)):
         vectors = {k: take(tree, fragment) for k, tree in leaves.items()}
         changed = _synchronise(plan, axes, state.count, vectors)
         for name, vector in changed.items():
@@ -148,6 +148,22 @@ def _coded(plan: SyncPlan, axes: tuple[str, ...], count: jax.Array) -> Reducer:
     return lambda x: lax.cond(count % period < plan.period, plain, coded, x)
 
 
+def bytes_per_step(
+    plan: SyncPlan, fragments: Sequence[Fragment], params: Any, workers: int
+) -> float:
+    """Bytes that each worker sends per step, on average over a period and its exact steps."""
+    exact = 0.0 if plan.codec else 1.0
+    if plan.exact_every is not None:
+        exact = 1 / plan.exact_every
+    total = 0.0
+    for fragment, steps in zip(fragments, plan.when, strict=True):
+        n = size(params, fragment)
+        total += len(steps) * exact * sent_bytes(n, workers)
+        if plan.codec:
+            total += len(steps) * (1 - exact) * sent_bytes(n, workers, plan.codec)
+    return total / plan.period
+
+
 def reduce_gradients(
     axes: tuple[str, ...], codec: Codec | None = None, feedback: bool = True
 ) -> optax.GradientTransformation:
@@ -166,15 +182,16 @@ def reduce_gradients(
         del params
         leaves, treedef = jax.tree.flatten(updates)
         (everything,) = whole(updates)
-        wanted = take(leaves, everything)
         residuals = jax.tree.leaves(state)
-        if keeps:
-            wanted = wanted + take(residuals, everything)
-        with jax.named_scope("reduce_gradients"):
-            total, sent = reducer(wanted)
-        mean = put(leaves, everything, total / lax.axis_size(axes))
-        if keeps:
-            state = treedef.unflatten(put(residuals, everything, wanted - sent))
-        return treedef.unflatten(mean), state
+        for part in by_axes(leaves, everything):
+            wanted = take(leaves, part)
+            if keeps:
+                wanted = wanted + take(residuals, part)
+            with jax.named_scope("reduce_gradients"):
+                total, sent = reducer(wanted)
+            leaves = put(leaves, part, total / lax.axis_size(axes))
+            if keeps:
+                residuals = put(residuals, part, wanted - sent)
+        return treedef.unflatten(leaves), treedef.unflatten(residuals) if keeps else state
 
     return optax.GradientTransformation(init, update)

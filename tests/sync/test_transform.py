@@ -24,7 +24,7 @@ from moejax.sync.plan import (
     partial_local_sgd,
     streaming_diloco,
 )
-from moejax.sync.transform import reduce_gradients, synchronise
+from moejax.sync.transform import bytes_per_step, reduce_gradients, synchronise
 
 W, N, STEPS, LR = 4, 24, 9, 0.1
 TREE = {"a": jnp.zeros(N // 2), "b": jnp.zeros((2, N // 4))}
@@ -184,6 +184,18 @@ def test_only_what_is_due_travels_and_only_over_replicas():
     sizes = [64 + local["experts"][0].size, local["experts"][1].size]
     halves = [BlockQuant(8, 16).nbytes(n // 2, 4) for n in sizes]
     assert sum(t.nbytes for t in found.traffic.values()) == 8 * 2 * sum(halves)
+
+
+def test_bytes_per_step_are_those_of_the_reductions():
+    def of(name, workers=W):
+        plan, fragments = PLANS[name]
+        return bytes_per_step(plan, fragments, TREE, workers)
+
+    dense = 2 * 3 / 4 * 4 * N
+    assert of("local") == of("diloco") == pytest.approx(dense / 3)
+    assert of("dream") == pytest.approx(1.5 * dense / 3)  # one half twice in three steps
+    assert of("streaming") == pytest.approx(dense / 4)
+    assert of("delayed") == pytest.approx(dense / 3 + 2 / 3 * 3 * N / 4)
 
 
 def test_coded_gradients_are_fed_back():
