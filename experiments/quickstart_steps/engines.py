@@ -53,7 +53,11 @@ def kv_capacity(cfg: DecodeConfig) -> int:
 
 
 def plan_modes(
-    dense: DecoderParams, host: GatedWeights, model: DecoderConfig, cfg: DecodeConfig
+    dense: DecoderParams,
+    host: GatedWeights,
+    learned: ResidualParams,
+    model: DecoderConfig,
+    cfg: DecodeConfig,
 ) -> dict[str, OffloadConfig | None]:
     """What the budget gives to every mode, None for all experts; the weights may be abstract.
 
@@ -67,6 +71,8 @@ def plan_modes(
     for mode in reversed(MODES[2:]):  # the one that wants most refuses first
         lanes = 0 if mode == "cache" else cfg.prefetch_lanes
         footprint = footprint_of(dense, host, model, cfg, lanes)
+        if mode == "learned":
+            footprint = dataclasses.replace(footprint, predictor_bytes=nbytes(learned))
         num_slots = solve_slots(budget, footprint, min_slots=model.num_moe_layers)
         plans[mode] = OffloadConfig(num_slots=num_slots, policy=cfg.policy, prefetch_lanes=lanes)
     return {mode: plans[mode] for mode in MODES}
@@ -86,7 +92,7 @@ def make_engines(
         "learned": prediction.residual(learned, dense, model),
     }
     engines, slots = {}, {}
-    for mode, offload in plan_modes(dense, host, model, cfg).items():
+    for mode, offload in plan_modes(dense, host, learned, model, cfg).items():
         everything = model.num_moe_layers * model.moe.router.num_experts
         slots[mode] = offload.num_slots if offload else everything
         engines[mode] = make_engine(

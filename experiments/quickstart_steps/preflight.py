@@ -11,6 +11,7 @@ from moejax.data.text import Corpus
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import init_decoder
 from moejax.predictors.config import PredictConfig
+from moejax.predictors.residual import init_residual
 from moejax.serving.config import DecodeConfig
 from moejax.serving.engine import split_experts
 
@@ -27,4 +28,14 @@ def check_steps(
     fit_windows(corpus.train, predict)
     make_prompts(corpus.heldout, max(decode.batch_sizes), decode)
     abstract = jax.eval_shape(partial(init_decoder, cfg=model), jax.random.key(0))
-    plan_modes(*split_experts(abstract, model), model, decode)
+    learned = jax.eval_shape(
+        lambda key: init_residual(
+            key,
+            num_layers=layers,
+            d_model=model.d_model,
+            num_experts=experts,
+            hidden=predict.fit.hidden,
+        ),
+        jax.random.key(0),
+    )
+    plan_modes(*split_experts(abstract, model), learned, model, decode)

@@ -1,8 +1,8 @@
 """One budget: total device bytes, solved to a number of slots.
 
 `--device_budget` counts everything that lives on the device: dense weights, KV cache, workspace,
-landing buffers, slots. A percentage means experts only: with `25%` a quarter of the experts fits on
-the device, in slots and landing buffers together.
+predictor, landing buffers, slots. A percentage means experts only: with `25%` a quarter of the
+experts fits on the device, in slots and landing buffers together.
 """
 
 import dataclasses
@@ -25,11 +25,14 @@ class Footprint:
     num_layers: int
     num_experts: int  # of this rank
     landing_experts: int = 1  # in flight: prefetch lanes and the wave buffer
+    predictor_bytes: int = 0  # weights of a learned one
 
     @property
     def fixed_bytes(self) -> int:
         landing = self.landing_experts * self.expert_bytes
-        return self.dense_bytes + self.kv_bytes + self.workspace_bytes + landing
+        return (
+            self.dense_bytes + self.kv_bytes + self.workspace_bytes + self.predictor_bytes + landing
+        )
 
     @property
     def total_experts(self) -> int:
@@ -84,7 +87,8 @@ def solve_slots(budget: float | int | None, footprint: Footprint, *, min_slots: 
         slots >= min_slots,
         f"device budget {budget} bytes is too small; the minimum is {least_bytes} bytes "
         f"(dense {footprint.dense_bytes}, KV {footprint.kv_bytes}, workspace "
-        f"{footprint.workspace_bytes}, {footprint.landing_experts} landing and {min_slots} slot "
+        f"{footprint.workspace_bytes}, predictor {footprint.predictor_bytes}, "
+        f"{footprint.landing_experts} landing and {min_slots} slot "
         f"experts of {footprint.expert_bytes})",
     )
     return slots

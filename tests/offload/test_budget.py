@@ -1,5 +1,7 @@
 """Budgets are parsed strictly and solved to slots that fit."""
 
+import dataclasses
+
 import pytest
 
 from moejax.core.errors import InputError
@@ -45,6 +47,11 @@ def test_bytes_buy_what_is_left_after_the_fixed_part():
     assert solve_slots(fixed + 10 * 50 + 49, SMALL, min_slots=4) == 10
     assert solve_slots(fixed + 4 * 50, SMALL, min_slots=4) == 4
     assert solve_slots(10**9, SMALL, min_slots=4) == 32
+
+
+def test_a_learned_predictor_costs_slots():
+    fitted = dataclasses.replace(SMALL, predictor_bytes=150)
+    assert solve_slots(2000, SMALL, min_slots=4) - solve_slots(2000, fitted, min_slots=4) == 3
 
 
 def test_a_percentage_means_experts_only():
