@@ -21,12 +21,16 @@ def from_json(cls: type[Config], value: Any, where: str) -> Config:
     Raises `InputError` naming the field (`where` is the name of the whole).
     """
     check(isinstance(value, dict), f"{where} wants an object of {cls.__name__}, got {value!r}")
-    names = {f.name for f in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]
+    names = _field_names(cls)
     unknown, missing = sorted(value.keys() - names), sorted(names - value.keys())
     check(not unknown, f"{where}: {cls.__name__} has no field {', '.join(map(repr, unknown))}")
     check(not missing, f"{where}: {cls.__name__} lacks field {', '.join(map(repr, missing))}")
     hints = typing.get_type_hints(cls)
     return cls(**{name: _parse(hints[name], v, f"{where}.{name}") for name, v in value.items()})
+
+
+def _field_names(cls: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:
@@ -37,6 +41,8 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         options = [arg for arg in args if arg is not type(None)]
+        if len(options) > 1 and isinstance(value, dict):  # configs are told apart by their fields
+            options = [arg for arg in options if _field_names(arg) == value.keys()] or options[:1]
         check(len(options) == 1, f"{where}: a config field of type {hint} cannot be stored")
         return _parse(options[0], value, where)
     if origin is tuple:

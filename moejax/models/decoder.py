@@ -6,8 +6,9 @@ Axis letters:
 """
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,40 +16,18 @@ from flax import struct
 
 from moejax.core.errors import check
 from moejax.core.structs import MoEMetrics
-from moejax.experts.gated import gated_mlp, init_experts
+from moejax.experts.gated import gated_mlp
 from moejax.experts.stage import Stage, resident
-from moejax.kernels.grouped_ffn import GatedWeights
-from moejax.layers.attention import (
-    AttentionParams,
-    KVCache,
-    cached_attention,
-    init_attention,
-    self_attention,
-)
-from moejax.layers.moe import MoEParams, init_moe, moe
-from moejax.layers.norm import rms_norm
+from moejax.layers.attention import KVCache, cached_attention, self_attention
+from moejax.layers.gqa import AttentionParams
+from moejax.layers.moe import moe
+from moejax.layers.norm import normalize
 from moejax.layers.parallel import ALONE, Parallel
-from moejax.models.config import DecoderConfig, LayerGroup
-
-
-@struct.dataclass(kw_only=True)
-class LayerParams:
-    """One layer; in `DecoderParams` every leaf has a leading [num_layers] of its group."""
-
-    attention_norm: jax.Array  # [D]
-    attention: AttentionParams
-    mlp_norm: jax.Array  # [D]
-    mlp: MoEParams | GatedWeights
-
-
-@struct.dataclass(kw_only=True)
-class DecoderParams:
-    """All weights; `w_out` is None when the embedding is tied."""
-
-    embed: jax.Array  # [V, D]
-    groups: tuple[LayerParams, ...]
-    final_norm: jax.Array  # [D]
-    w_out: jax.Array | None  # [D, V]
+from moejax.models.config import Cycle, DecoderConfig
+from moejax.models.params import DecoderParams as DecoderParams
+from moejax.models.params import LayerParams as LayerParams
+from moejax.models.params import init_cache as init_cache
+from moejax.models.params import init_decoder as init_decoder
 
 
 @struct.dataclass(kw_only=True)
@@ -70,51 +49,6 @@ class Output:
     stage_state: Any
     metrics: MoEMetrics  # leading axis Lm
     record: Record
-
-
-def init_decoder(key: jax.Array, cfg: DecoderConfig) -> DecoderParams:
-    """Random weights; residual branches are shrunk by sqrt(2 * num_layers)."""
-    dtype, d = cfg.jnp_dtype, cfg.d_model
-    out_scale = (2 * cfg.num_layers) ** -0.5
-    k_embed, k_out, *k_groups = jax.random.split(key, 2 + len(cfg.groups))
-
-    def layer(key: jax.Array, group: LayerGroup) -> LayerParams:
-        k_attention, k_mlp = jax.random.split(key)
-        if group.moe:
-            mlp = init_moe(k_mlp, d, group.moe, out_scale=out_scale, dtype=dtype)
-        else:
-            mlp = init_experts(k_mlp, (), d, group.d_ff, out_scale=out_scale, dtype=dtype)
-        return LayerParams(
-            attention_norm=jnp.ones((d,), dtype),
-            attention=init_attention(
-                k_attention, d, cfg.attention, out_scale=out_scale, dtype=dtype
-            ),
-            mlp_norm=jnp.ones((d,), dtype),
-            mlp=mlp,
-        )
-
-    def stacked(key: jax.Array, group: LayerGroup) -> LayerParams:
-        return jax.vmap(lambda k: layer(k, group))(jax.random.split(key, group.num_layers))
-
-    embed = jax.random.normal(k_embed, (cfg.vocab_size, d)) * 0.02
-    w_out = jax.random.normal(k_out, (d, cfg.vocab_size)) * (0.5 * d**-0.5)
-    return DecoderParams(
-        embed=embed.astype(dtype),
-        groups=tuple(stacked(k, g) for k, g in zip(k_groups, cfg.groups, strict=True)),
-        final_norm=jnp.ones((d,), dtype),
-        w_out=None if cfg.tie_embeddings else w_out.astype(dtype),
-    )
-
-
-def init_cache(cfg: DecoderConfig, batch: int, capacity: int) -> KVCache:
-    """An empty KV cache of `capacity` positions."""
-    attention = cfg.attention
-    shape = (cfg.num_layers, batch, capacity, attention.num_kv_heads, attention.head_dim)
-    return KVCache(
-        k=jnp.zeros(shape, cfg.jnp_dtype),
-        v=jnp.zeros(shape, cfg.jnp_dtype),
-        length=jnp.zeros((batch,), jnp.int32),
-    )
 
 
 def forward(
@@ -152,13 +86,12 @@ def forward(
     flat_mask = None if mask is None else mask.reshape(-1)
 
     k, v = (None, None) if cache is None else (cache.k, cache.v)
-
-    def layer(carry, step, group):
-        return _layer(carry, step, cfg, group, positions, flat_mask, stage, parallel)
-
-    carry, traces = _scan_groups(layer, (x, k, v, stage_state), params, cfg, forced_idx)
-    x, k, v, stage_state = carry
-    metrics, record = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *traces)
+    late = jnp.zeros_like(x) if any(layer.shortcut for layer in cfg.layers) else None
+    call = _Call(cfg, positions, flat_mask, stage, parallel)
+    carry = (x, k, v, stage_state, late)
+    groups = zip(cfg.groups, params.groups, strict=True)
+    carry, traces = _run_groups(call, carry, groups, (0, 0), forced_idx)
+    (x, k, v, stage_state, _), (metrics, record) = carry, traces
     if cache is not None:
         assert k is not None and v is not None
         taken = jnp.full((batch,), length) if mask is None else mask.sum(1)
@@ -172,30 +105,70 @@ def forward(
     )
 
 
-def _scan_groups(layer, carry, params, cfg, forced_idx):
-    """Runs `layer(carry, step, group)` over all layers, one scan per group of equal ones."""
-    traces, first, first_moe = [], 0, 0
-    for group, layers in zip(cfg.groups, params.groups, strict=True):
-        n = group.num_layers
-        forced = None
-        if group.moe and forced_idx is not None:
-            forced = forced_idx[first_moe : first_moe + n]
-        index = jnp.arange(n, dtype=jnp.int32)
-        steps = (layers, first + index, first_moe + index, forced)
-        carry, trace = jax.lax.scan(partial(layer, group=group), carry, steps)
-        first += n
-        if group.moe:
-            first_moe += n
+class _Call(NamedTuple):
+    """What is the same for all layers."""
+
+    cfg: DecoderConfig
+    positions: jax.Array
+    flat_mask: jax.Array | None
+    stage: Stage
+    parallel: Parallel
+
+
+def _run_groups(
+    call: _Call, carry: Any, groups: Iterable, first: tuple, forced_idx: jax.Array | None
+) -> tuple[Any, Any]:
+    """Runs groups in order, the first layer being `first` (among all, among MoE layers).
+
+    Returns the carry and the traces of the MoE layers, stacked, or None without any.
+    """
+    (layer, moe_layer), traces, seen = first, [], 0
+    for group, layers in groups:
+        moe_layers = sum(one.moe is not None for one in group.layers)
+        forced = None if forced_idx is None else forced_idx[seen : seen + moe_layers]
+        run = _run_cycle if isinstance(group, Cycle) else _run_equal
+        carry, trace = run(call, carry, group, layers, (layer, moe_layer + seen), forced)
+        layer, seen = layer + len(group.layers), seen + moe_layers
+        if moe_layers:
             traces.append(trace)
-    return carry, traces
+    return carry, jax.tree.map(lambda *t: jnp.concatenate(t), *traces) if traces else None
+
+
+def _run_equal(call, carry, group, layers, first, forced_idx):
+    """One scan over equal layers."""
+    index = jnp.arange(group.num_layers, dtype=jnp.int32)
+    forced_idx = forced_idx if group.moe else None
+    steps = (layers, first[0] + index, first[1] + index, forced_idx)
+    return jax.lax.scan(partial(_layer, call=call, group=group), carry, steps)
+
+
+def _run_cycle(call, carry, cycle, layers, first, forced_idx):
+    """One scan over the repeats of a cycle."""
+    repeats = cycle.repeats
+    per_repeat = len(cycle.layers) // repeats
+    moe_per_repeat = sum(one.moe is not None for one in cycle.layers) // repeats
+    if forced_idx is not None:
+        forced_idx = forced_idx.reshape(repeats, moe_per_repeat, *forced_idx.shape[1:])
+
+    def once(carry, step):
+        params, repeat, forced = step
+        at = (first[0] + repeat * per_repeat, first[1] + repeat * moe_per_repeat)
+        return _run_groups(call, carry, zip(cycle.groups, params, strict=True), at, forced)
+
+    steps = (layers, jnp.arange(repeats, dtype=jnp.int32), forced_idx)
+    carry, traces = jax.lax.scan(once, carry, steps)
+    return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), traces)
 
 
 def unembed(params: DecoderParams, x: jax.Array, cfg: DecoderConfig) -> jax.Array:
     """float32 logits [B, S, V] of the last hidden states [B, S, D]."""
     with jax.named_scope("unembed"):
-        x = rms_norm(x, params.final_norm, cfg.norm_eps)
+        x = normalize(x, params.final_norm, cfg.norm_eps)
         w_out = params.embed.T if params.w_out is None else params.w_out
-        return jnp.einsum("bsd,dv->bsv", x, w_out, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bsd,dv->bsv", x, w_out, preferred_element_type=jnp.float32)
+        if params.b_out is not None:
+            logits = logits + params.b_out.astype(jnp.float32)[None, None]
+        return logits if cfg.logit_scale == 1.0 else logits * cfg.logit_scale
 
 
 def _check_shapes(tokens, cfg, cache, mask, forced_idx):
@@ -215,41 +188,66 @@ def _check_shapes(tokens, cfg, cache, mask, forced_idx):
         check(forced_idx.shape == want, f"forced_idx is {forced_idx.shape}, expected {want}")
 
 
-def _layer(carry, step, cfg, group, positions, flat_mask, stage, parallel):
-    x, cache_k, cache_v, stage_state = carry
+def _layer(carry, step, *, call, group):
+    x, cache_k, cache_v, stage_state, late = carry
     params, layer, moe_layer, forced_idx = step
+    cfg, parallel = call.cfg, call.parallel
     batch, length, d = x.shape
     params = parallel.unshard(params)
-    h = parallel.split(rms_norm(x, params.attention_norm, cfg.norm_eps))
+    h = parallel.split(normalize(x, params.attention_norm, cfg.norm_eps))
+    attention = group.attention or cfg.attention
     if cache_k is None:
-        mixed = self_attention(params.attention, h, positions, cfg.attention)
+        mixed = self_attention(params.attention, h, call.positions, attention)
     else:
         mixed, cache_k, cache_v = cached_attention(
-            params.attention, h, positions, cache_k, cache_v, layer, cfg.attention
+            params.attention, h, call.positions, cache_k, cache_v, layer, attention
         )
-    x = x + parallel.merge(mixed)
-    h = rms_norm(x, params.mlp_norm, cfg.norm_eps).reshape(batch * length, d)
+    x = x + _scaled(_with_bias(parallel.merge(mixed), params.attention), cfg)
+    h = normalize(x, params.mlp_norm, cfg.norm_eps).reshape(batch * length, d)
+    trace = None
     if group.moe is None:
-        y, trace = parallel.merge(gated_mlp(params.mlp, parallel.split(h))), None
+        y = parallel.merge(gated_mlp(params.mlp, parallel.split(h)))
     else:
-        y, routing, stage_state, metrics = moe(
-            params.mlp,
-            h,
-            group.moe,
-            mask=flat_mask,
-            forced_idx=forced_idx,
-            stage=stage,
-            stage_state=stage_state,
-            layer=moe_layer,
-            parallel=parallel,
+        y, stage_state, trace = _moe(
+            params.mlp, h, group.moe, call, forced_idx, stage_state, moe_layer
         )
-        trace = (
-            metrics,
-            Record(
-                hidden=h,
-                topk_idx=routing.topk_idx,
-                topk_weights=routing.topk_weights,
-                router_logits=routing.router_logits,
-            ),
-        )
-    return (x + y.reshape(batch, length, d), cache_k, cache_v, stage_state), trace
+    y = y.reshape(batch, length, d)
+    if group.shortcut:
+        late, y = y, parallel.merge(gated_mlp(params.dense, parallel.split(h))).reshape(x.shape)
+    x = x + _scaled(y, cfg)
+    if late is not None and not group.shortcut:
+        x, late = x + _scaled(late, cfg), jnp.zeros_like(late)
+    return (x, cache_k, cache_v, stage_state, late), trace
+
+
+def _moe(params, h, cfg, call, forced_idx, stage_state, moe_layer):
+    """The MoE layer on h [T, D], and what is recorded of it."""
+    y, routing, stage_state, metrics = moe(
+        params,
+        h,
+        cfg,
+        mask=call.flat_mask,
+        forced_idx=forced_idx,
+        stage=call.stage,
+        stage_state=stage_state,
+        layer=moe_layer,
+        parallel=call.parallel,
+    )
+    record = Record(
+        hidden=h,
+        topk_idx=routing.topk_idx,
+        topk_weights=routing.topk_weights,
+        router_logits=routing.router_logits,
+    )
+    return y, stage_state, (metrics, record)
+
+
+def _with_bias(mixed, params):
+    """The output of attention with its bias, which the ranks of a model axis add once."""
+    if not isinstance(params, AttentionParams) or params.b_o is None:
+        return mixed
+    return mixed + params.b_o[None, None]
+
+
+def _scaled(branch, cfg):
+    return branch if cfg.residual_scale == 1.0 else branch * cfg.residual_scale

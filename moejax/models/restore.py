@@ -56,9 +56,9 @@ def abstract_params(
     cfg: DecoderConfig, *, mesh: Mesh, expert_memory: ExpertMemory
 ) -> DecoderParams:
     """Shapes, dtypes and shardings of a decoder's weights as a tree of `ShapeDtypeStruct`s."""
-    for group in cfg.groups:
-        if group.moe:
-            check_divisible(group.moe.router.num_experts, mesh)
+    for layer in cfg.layers:
+        if layer.moe:
+            check_divisible(layer.moe.num_experts, mesh)
     place = {"pinned_host": host_sharding, "device": device_sharding}[expert_memory]
     # [L, E, ...]: the layer axis stays whole.
     experts, others = place(mesh, P(None, "expert")), device_sharding(mesh)

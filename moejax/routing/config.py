@@ -23,6 +23,9 @@ class RouterConfig:
             `balanced`, it takes top_k / num_groups experts of each (MoGE, arXiv 2505.21411).
         top_groups, group_score: a group scores its best expert (`max`, DeepSeek-V2) or the sum of
             its two best (`top2_sum`, DeepSeek-V3).
+        bias: a learned bias is added to the logits (gpt-oss).
+        mixer_threshold: experts and weights come from the sparse mixer with this threshold (see
+            `sparse_mixer`); 0 for the usual choice.
         projection_dim: logits are the cosines between tokens, projected to so many dimensions, and
             experts, over a learned temperature that starts at `temperature` (X-MoE, arXiv
             2204.09179); 0 for the usual linear logits.
@@ -34,6 +37,8 @@ class RouterConfig:
     renormalize: bool = True
     scaling_factor: float = 1.0
     correction_bias: bool = False
+    bias: bool = False
+    mixer_threshold: float = 0.0
     num_groups: int = 1
     group_choice: Literal["best", "balanced"] = "best"
     top_groups: int = 1
@@ -52,6 +57,13 @@ class RouterConfig:
         check(e >= 1, f"num_experts={e} must be at least 1")
         check(1 <= k <= e, f"top_k={k} must be between 1 and num_experts={e}")
         check(self.projection_dim >= 0, f"projection_dim={self.projection_dim} is negative")
+        mixer = self.mixer_threshold
+        check(mixer >= 0, f"mixer_threshold={mixer} is negative")
+        check(
+            not mixer
+            or (self.score == "softmax" and self.num_groups == 1 and not self.renormalize),
+            "the sparse mixer wants softmax scores without groups and without renormalize",
+        )
         check(
             0 < self.temperature < math.inf,
             f"temperature={self.temperature} is not a positive number",

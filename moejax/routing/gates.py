@@ -13,6 +13,7 @@ from flax import struct
 
 from moejax.core.structs import Routing
 from moejax.routing.config import RouterConfig
+from moejax.routing.sparse_mixer import sparse_mixer
 
 
 @struct.dataclass(kw_only=True)
@@ -21,6 +22,7 @@ class RouterParams:
 
     w_router: jax.Array  # [D, E], or [P, E] with a projection
     correction_bias: jax.Array | None = None  # [E], None without `cfg.correction_bias`
+    b_router: jax.Array | None = None  # [E], None without `cfg.bias`
     w_project: jax.Array | None = None  # [D, P], None without `cfg.projection_dim`
     temperature: jax.Array | None = None  # [], the same
 
@@ -31,14 +33,16 @@ def init_router(key: jax.Array, d_model: int, cfg: RouterConfig) -> RouterParams
     def normal(key: jax.Array, rows: int, columns: int) -> jax.Array:
         return jax.random.normal(key, (rows, columns), jnp.float32) * rows**-0.5
 
-    bias = jnp.zeros((cfg.num_experts,), jnp.float32) if cfg.correction_bias else None
+    zeros = jnp.zeros((cfg.num_experts,), jnp.float32)
+    biases = dict(
+        correction_bias=zeros if cfg.correction_bias else None, b_router=zeros if cfg.bias else None
+    )
     if not cfg.projection_dim:
-        w_router = normal(key, d_model, cfg.num_experts)
-        return RouterParams(w_router=w_router, correction_bias=bias)
+        return RouterParams(w_router=normal(key, d_model, cfg.num_experts), **biases)
     k_router, k_project = jax.random.split(key)
     return RouterParams(
         w_router=normal(k_router, cfg.projection_dim, cfg.num_experts),
-        correction_bias=bias,
+        **biases,
         w_project=normal(k_project, d_model, cfg.projection_dim),
         temperature=jnp.float32(cfg.temperature),
     )
@@ -48,10 +52,12 @@ def router_logits(params: RouterParams, x: jax.Array) -> jax.Array:
     """float32 [T, E] logits of x [T, D]: linear, or X-MoE's cosines over a temperature."""
     x = x.astype(jnp.float32)
     if params.w_project is None:
-        return x @ params.w_router
-    assert params.temperature is not None, "a projecting router has a temperature"
-    cosines = unit(x @ params.w_project, axis=1) @ unit(params.w_router, axis=0)
-    return cosines / params.temperature
+        logits = x @ params.w_router
+    else:
+        assert params.temperature is not None, "a projecting router has a temperature"
+        cosines = unit(x @ params.w_project, axis=1) @ unit(params.w_router, axis=0)
+        logits = cosines / params.temperature
+    return logits if params.b_router is None else logits + params.b_router[None]
 
 
 def unit(x: jax.Array, *, axis: int) -> jax.Array:
@@ -82,6 +88,9 @@ def route(
     """
     with jax.named_scope("moe_route"):
         logits = router_logits(params, x)
+        if cfg.mixer_threshold:
+            idx, weights = sparse_mixer(logits, cfg.top_k, cfg.mixer_threshold, forced_idx)
+            return _masked(logits, idx, weights * cfg.scaling_factor, cfg, mask)
         score = scores(logits, cfg)
         idx = choose(score, params.correction_bias, cfg) if forced_idx is None else forced_idx
         return with_weights(logits, score, idx, cfg, mask=mask)
@@ -122,7 +131,11 @@ def with_weights(
     if cfg.renormalize:
         # Sigmoid scores can all underflow; softmax scores of a top-k cannot sum to zero.
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
-    weights = weights * cfg.scaling_factor
+    return _masked(logits, idx, weights * cfg.scaling_factor, cfg, mask)
+
+
+def _masked(logits, idx, weights, cfg, mask):
+    """The routing with padded tokens (False in `mask`) at no expert."""
     if mask is not None:
         idx = jnp.where(mask[:, None], idx, cfg.num_experts)
         weights = jnp.where(mask[:, None], weights, 0.0)

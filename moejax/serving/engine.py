@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from moejax.core.errors import check
 from moejax.core.structs import MoEMetrics
 from moejax.kernels.grouped_ffn import GatedWeights
-from moejax.layers.moe import MoEParams
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
+from moejax.models.experts import split_experts as split_experts
 from moejax.offload.stage import OffloadConfig
 from moejax.serving.prediction import Prediction
 from moejax.serving.programs import AXIS, Programs, Session, make_programs
@@ -76,18 +76,6 @@ class Engine:
             f"granules has shape {granules.shape}, expected ({ranks}, n)",
         )
         return self.programs.preload(self.experts, session, granules)
-
-
-def split_experts(params: DecoderParams, cfg: DecoderConfig) -> tuple[DecoderParams, GatedWeights]:
-    """The parameters without routed experts, and the experts [L, E, ...]."""
-    at = [i for i, group in enumerate(cfg.groups) if group.moe]
-    check(len(at) == 1, f"serving wants one group of MoE layers, this decoder has {len(at)}")
-    groups = list(params.groups)
-    layer = groups[at[0]]
-    assert isinstance(layer.mlp, MoEParams) and layer.mlp.experts is not None
-    bare = dataclasses.replace(layer.mlp, experts=None)
-    groups[at[0]] = dataclasses.replace(layer, mlp=bare)
-    return dataclasses.replace(params, groups=tuple(groups)), layer.mlp.experts
 
 
 def make_engine(

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from moejax.layers.moe import MoEParams
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
+from moejax.models.experts import stack_moe
 from moejax.offload.prefetch import Scorer
 from moejax.predictors import scorers
 from moejax.predictors.features import HistoryState, init_history_state, observe_prompt
@@ -47,9 +47,7 @@ def see_prompt(state: HistoryState | None, topk_idx: jax.Array, batch: int) -> H
 
 def stack_routers(params: DecoderParams, cfg: DecoderConfig) -> RouterParams:
     """The routers of all MoE layers with leading axis L."""
-    (layers,) = [g for g, group in zip(params.groups, cfg.groups, strict=True) if group.moe]
-    assert isinstance(layers.mlp, MoEParams)
-    return layers.mlp.router
+    return stack_moe(params, cfg, lambda moe: moe.router)
 
 
 def next_gate(params: DecoderParams, cfg: DecoderConfig) -> Prediction:

@@ -20,9 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.core.errors import check
+from moejax.core.errors import InputError, check
 from moejax.layers.parallel import Parallel
-from moejax.models.config import DecoderConfig
+from moejax.models.config import Cycle, DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.training.config import TrainConfig
 from moejax.training.loss import LossMetrics, train_loss
@@ -62,6 +62,8 @@ def check_mesh(mesh: Mesh, model: DecoderConfig, cfg: TrainConfig) -> None:
     )
     sizes = {"num_heads": model.attention.num_heads, "num_kv_heads": model.attention.num_kv_heads}
     for group in model.groups:
+        if isinstance(group, Cycle):
+            raise InputError("training wants groups of equal layers, this decoder has a cycle")
         sizes["d_ff"] = group.moe.d_ff if group.moe else group.d_ff
         sizes["shared_d_ff"] = group.moe.shared_d_ff if group.moe else 0
         for name, size in sizes.items():

@@ -43,7 +43,9 @@ def test_initial_weights_have_unit_gain_per_fan_in(key):
     weights = init_experts(key, (3,), 64, 100, out_scale=0.25, dtype=jnp.bfloat16)
     assert weights.w_gate.shape == weights.w_up.shape == (3, 64, 100)
     assert weights.w_down.shape == (3, 100, 64) and weights.w_down.dtype == jnp.bfloat16
-    deviation = {name: np.std(np.asarray(leaf, np.float32)) for name, leaf in vars(weights).items()}
+    assert len(jax.tree.leaves(weights)) == 3
+    names = ("w_gate", "w_up", "w_down")
+    deviation = {name: np.std(np.asarray(getattr(weights, name), np.float32)) for name in names}
     np.testing.assert_allclose(deviation["w_gate"], 64**-0.5, rtol=0.05)
     np.testing.assert_allclose(deviation["w_up"], 64**-0.5, rtol=0.05)
     np.testing.assert_allclose(deviation["w_down"], 0.25 * 100**-0.5, rtol=0.05)

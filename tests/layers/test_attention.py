@@ -1,18 +1,23 @@
 """Grouped-query attention against plain numpy, and the cache against the full sequence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
+from moejax.layers import gqa
 from moejax.layers.attention import (
     AttentionConfig,
     AttentionParams,
     cached_attention,
     init_attention,
+    sees,
     self_attention,
 )
+from moejax.layers.rope import RopeConfig
 from tests.layers.test_rope import plain_rope
 
 B, S, D, H, DH, THETA = 2, 6, 10, 4, 6, 100.0
@@ -21,7 +26,7 @@ CACHED = jax.jit(cached_attention, static_argnames="cfg")
 
 
 def config(kv: int) -> AttentionConfig:
-    return AttentionConfig(num_heads=H, num_kv_heads=kv, head_dim=DH, rope_theta=THETA)
+    return AttentionConfig(num_heads=H, num_kv_heads=kv, head_dim=DH, rope=RopeConfig(theta=THETA))
 
 
 def params_of(kv: int, dtype=jnp.float32) -> AttentionParams:
@@ -103,6 +108,39 @@ def test_positions_past_the_cache_are_dropped_and_overwrite_nothing():
     np.testing.assert_array_equal(v2, v)
 
 
+def test_windows_and_chunks_hide_positions():
+    query, key = jnp.arange(6)[:, None], jnp.arange(6)[None]
+    window = np.asarray(sees(query, key, dataclasses.replace(config(2), window=2)))
+    chunk = np.asarray(sees(query, key, dataclasses.replace(config(2), chunk=4)))
+    for q, k in np.ndindex(6, 6):
+        assert window[q, k] == (k in (q - 1, q))
+        assert chunk[q, k] == (k <= q and (k >= 4 or q < 4))
+
+
+def test_a_sink_takes_its_share_of_every_head():
+    """With values of one, a head gives what the softmax leaves to the positions."""
+    cfg = dataclasses.replace(config(2), sinks=True)
+    params, (x, positions) = params_of(2), inputs()
+    sinks = jnp.asarray([-1.0, 0.0, 1.0, 2.0])
+    params = params.replace(w_v=jnp.zeros_like(params.w_v), b_v=jnp.ones((2, DH)), sinks=sinks)
+    q, k, v = gqa.project(params, x, positions, cfg)
+    scores = np.einsum("bshe,bche->bhsc", q, np.repeat(k, 2, axis=2)) * DH**-0.5
+    weight = np.exp(np.where(np.tril(np.ones((S, S), bool)), scores, -np.inf)).sum(-1)
+    left = weight / (weight + np.exp(np.asarray(sinks))[None, :, None])
+    want = np.einsum("bhs,hd->bsd", left, np.asarray(params.w_o).sum(1))
+    np.testing.assert_allclose(SELF(params, x, positions, cfg), want, atol=1e-5)
+
+
+def test_temperature_scales_late_queries():
+    cfg = dataclasses.replace(config(2), rope=None, temperature=(2.0, 0.5))
+    params, (x, positions) = params_of(2), inputs()
+    q, _, _ = gqa.project(params, x, positions, cfg)
+    plain, _, _ = gqa.project(params, x, positions, dataclasses.replace(cfg, temperature=None))
+    steps = np.floor((np.arange(S) + 1) / 2)
+    scale = 1 + 0.5 * np.log1p(steps)
+    np.testing.assert_allclose(q, plain * scale[None, :, None, None], rtol=1e-6)
+
+
 def test_bfloat16_in_and_out_with_float32_scores():
     cfg, (x, positions) = config(2), inputs()
     y = SELF(params_of(2, jnp.bfloat16), x.astype(jnp.bfloat16), positions, cfg)
@@ -126,9 +164,9 @@ def test_initial_weights(key):
         out_scale=0.5,
         dtype=jnp.bfloat16,
     )
-    shapes = {name: leaf.shape for name, leaf in vars(params).items()}
+    shapes = {name: w.shape for name, w in vars(params).items() if w is not None}
     assert shapes == dict(w_q=(64, 8, 16), w_k=(64, 2, 16), w_v=(64, 2, 16), w_o=(8, 16, 64))
-    deviation = {name: np.std(np.asarray(w, np.float32)) for name, w in vars(params).items()}
+    deviation = {name: np.std(np.asarray(getattr(params, name), np.float32)) for name in shapes}
     for name in ("w_q", "w_k", "w_v"):
         np.testing.assert_allclose(deviation[name], 64**-0.5, rtol=0.06)
     np.testing.assert_allclose(deviation["w_o"], 0.5 * 128**-0.5, rtol=0.06)

@@ -8,7 +8,7 @@ import pytest
 from moejax.core.errors import InputError
 from moejax.core.overlay import overlay
 from moejax.layers.moe import MoEConfig
-from moejax.models.config import DecoderConfig, LayerGroup, moe_decoder
+from moejax.models.config import Cycle, DecoderConfig, LayerGroup, group_layers, moe_decoder
 from moejax.routing.config import RouterConfig
 
 MOE = MoEConfig(d_ff=6, router=RouterConfig(num_experts=8, top_k=2))
@@ -43,6 +43,30 @@ def test_one_kind_of_moe_layer_is_wanted():
         _ = dataclasses.replace(CFG, groups=(*CFG.groups, other)).moe
     with pytest.raises(InputError, match="one kind of MoE layer, this decoder has 0"):
         _ = dataclasses.replace(CFG, groups=(LayerGroup(num_layers=1, d_ff=4),)).moe
+
+
+def test_equal_layers_and_layers_in_turn_become_groups():
+    a, b = LayerGroup(num_layers=1, d_ff=4), LayerGroup(num_layers=1, moe=MOE)
+    (whole,) = group_layers([a] * 5)
+    assert whole == LayerGroup(num_layers=5, d_ff=4)
+    (cycle,) = group_layers([a, a, b] * 3)
+    assert cycle == Cycle(repeats=3, groups=(dataclasses.replace(a, num_layers=2), b))
+    lead = group_layers([b, a, a, b, b, a, a, b])
+    for layers in ([a] * 5, [a, a, b] * 3, [b, a, a, b, b, a, a, b], [a, b, a, b, a]):
+        config = dataclasses.replace(CFG, groups=group_layers(layers))
+        assert config.layers == tuple(layers) and config.num_layers == len(layers)
+    assert isinstance(lead[0], LayerGroup)
+
+
+def test_a_shortcut_wants_both_mlps_and_a_layer_behind_it():
+    first = LayerGroup(num_layers=1, moe=MOE, d_ff=4, shortcut=True)
+    behind = LayerGroup(num_layers=1, d_ff=4)
+    assert dataclasses.replace(CFG, groups=(first, behind)).num_moe_layers == 1
+    for groups in ((first,), (first, first, behind)):
+        with pytest.raises(InputError, match="shortcut wants a layer without one behind it"):
+            dataclasses.replace(CFG, groups=groups)
+    with pytest.raises(InputError, match="one layer with moe and d_ff, got num_layers=2"):
+        dataclasses.replace(first, num_layers=2)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Axis letters:
     M  rows      G  groups      R  rows of the weight stack      D  model dim      F  hidden dim
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -26,19 +27,22 @@ def grouped_ffn(
     group_sizes: jax.Array,
     *,
     group_rows: jax.Array | None = None,
-    activation: Activation = "silu",
+    activation: Activation | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """`(act(x @ w_gate) * (x @ w_up)) @ w_down` with the weights of each row's group.
+    """The gated MLP of each row's group, `hidden(x @ w_gate, x @ w_up) @ w_down` and biases.
 
     `xs` is [M, D], its first `group_sizes[0]` rows belong to group 0 and so on; the result is
     [M, D] in the dtype of `xs`, accumulated in float32. Rows past `sum(group_sizes)` are zero and
     get zero gradient; empty groups cost nothing. Group g is served by row g of the weights, or by
-    row `group_rows[g]` (int32 [G]). `implementation` is a name, names in order of preference, or
+    row `group_rows[g]` (int32 [G]). `activation` is that of the weights unless given.
+    `implementation` is a name, names in order of preference, or
     None for the best that is willing (`explain` says which). Raises `InputError` when shapes or
     names are wrong, `NotImplementedError` with every reason when all backends refuse.
     """
-    options = {"group_rows": group_rows, "activation": activation}
+    if activation is not None:
+        weights = dataclasses.replace(weights, activation=activation)
+    options = {"group_rows": group_rows}
     operands = (xs, weights, group_sizes)
     y, _ = run_first("grouped_ffn", BACKENDS, implementation, *operands, **options)
     return y

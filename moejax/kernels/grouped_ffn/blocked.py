@@ -30,8 +30,8 @@ from moejax.kernels.chunks import (
 from moejax.kernels.few_rows import matmul_row
 from moejax.kernels.grouped_ffn.weights import (
     GatedWeights,
-    activation_fn,
     check_shapes,
+    hidden_fn,
 )
 from moejax.kernels.rows import (
     dot_nt,
@@ -57,7 +57,6 @@ def run_chunks(
     end: jax.Array | int,
     *,
     sizes: tuple[int, ...],
-    activation: str = "silu",
 ) -> jax.Array:
     """Computes chunks `[begin, end)` of `plan` into `y`. Forward only.
 
@@ -70,7 +69,7 @@ def run_chunks(
     must be run in order, and `zero_tail` called after the last chunk of all. Cost: each chunk
     reads its expert once, 3 * D * F weights, and does 6 * D * F operations per row of its size.
     """
-    (y,) = _run_chunks((y,), xs, weights, group_rows, plan, begin, end, sizes, activation)
+    (y,) = _run_chunks((y,), xs, weights, group_rows, plan, begin, end, sizes)
     return y
 
 
@@ -80,7 +79,6 @@ def grouped_ffn(
     group_sizes: jax.Array,
     *,
     group_rows: jax.Array | None = None,
-    activation: str = "silu",
     sizes: tuple[int, ...] | None = None,
 ) -> jax.Array:
     """`xs` [M, D] sorted by group -> [M, D]; rows past `sum(group_sizes)` are zero.
@@ -90,18 +88,18 @@ def grouped_ffn(
     """
     check_shapes(xs, weights, group_sizes, group_rows)
     refuse_dtypes(xs=xs, w_gate=weights.w_gate, w_up=weights.w_up, w_down=weights.w_down)
-    activation_fn(activation)
+    hidden_fn(weights.activation)
     sizes = sizes or pick_sizes(xs.shape[0])
     xs, weights, group_sizes, group_rows = vary_together(xs, weights, group_sizes, group_rows)
-    return _grouped_ffn(xs, weights, group_sizes, group_rows, sizes, activation)
+    return _grouped_ffn(xs, weights, group_sizes, group_rows, sizes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _grouped_ffn(xs, weights, group_sizes, group_rows, sizes, activation):
-    return _forward(xs, weights, group_sizes, group_rows, sizes, activation, keep=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped_ffn(xs, weights, group_sizes, group_rows, sizes):
+    return _forward(xs, weights, group_sizes, group_rows, sizes, keep=False)[0]
 
 
-def _forward(xs, weights, group_sizes, group_rows, sizes, activation, *, keep):
+def _forward(xs, weights, group_sizes, group_rows, sizes, *, keep):
     """Output [M, D] and, with `keep`, the gate and up rows [M + S, F] that the gradient wants."""
     num_rows, d_model = xs.shape
     plan = plan_chunks(group_sizes, sizes=sizes, num_rows=num_rows)
@@ -109,23 +107,21 @@ def _forward(xs, weights, group_sizes, group_rows, sizes, activation, *, keep):
     zeros = tuple(jnp.zeros((num_rows + sizes[-1], width), xs.dtype) for width in widths)
     zeros, _ = vary_together(zeros, xs)
     padded = pad_rows(xs, num_rows + sizes[-1])
-    y, *kept = _run_chunks(
-        zeros, padded, weights, group_rows, plan, 0, plan.num_chunks, sizes, activation
-    )
+    y, *kept = _run_chunks(zeros, padded, weights, group_rows, plan, 0, plan.num_chunks, sizes)
     return zero_tail(y, jnp.sum(group_sizes), sizes=sizes)[:num_rows], kept
 
 
-def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes, activation):
+def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes):
     """`out` is (y,) or (y, gate, up), each [M + S, *]."""
-    act = activation_fn(activation)
+    hidden = hidden_fn(weights.activation)
     keep = len(out) > 1
 
     def branch(size):
         def run(start, row):
             x = window(xs, start, size).astype(jnp.float32)
-            gate = matmul_row(x, weights.w_gate, row)
-            up = matmul_row(x, weights.w_up, row)
-            y = matmul_row(act(gate) * up, weights.w_down, row)
+            gate = _add_row(matmul_row(x, weights.w_gate, row), weights.b_gate, row)
+            up = _add_row(matmul_row(x, weights.w_up, row), weights.b_up, row)
+            y = _add_row(matmul_row(hidden(gate, up), weights.w_down, row), weights.b_down, row)
             results = (y, gate, up) if keep else (y,)
             return tuple(pad_rows(to_bits(r.astype(xs.dtype)), sizes[-1]) for r in results)
 
@@ -143,19 +139,23 @@ def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes, activatio
         return tuple(from_bits(b, o.dtype) for b, o in zip(bits, out, strict=True))
 
 
-def _grouped_ffn_fwd(xs, weights, group_sizes, group_rows, sizes, activation):
-    y, kept = _forward(xs, weights, group_sizes, group_rows, sizes, activation, keep=True)
+def _add_row(rows, biases, row):
+    return rows if biases is None else rows + read_row(biases, row)[None]
+
+
+def _grouped_ffn_fwd(xs, weights, group_sizes, group_rows, sizes):
+    y, kept = _forward(xs, weights, group_sizes, group_rows, sizes, keep=True)
     return y, (xs, weights, group_sizes, group_rows, *kept)
 
 
-def _grouped_ffn_bwd(sizes, activation, residuals, dy):
+def _grouped_ffn_bwd(sizes, residuals, dy):
     xs, weights, group_sizes, group_rows, gate, up = residuals
     num_rows, sizes = xs.shape[0], gradient_sizes(sizes)
     plan = plan_chunks(group_sizes, sizes=sizes, num_rows=num_rows)
     # The rows of dy turn into rows of dx one by one, in place.
     grad_rows = pad_rows(dy, num_rows + sizes[-1])
     padded = pad_rows(xs, num_rows + sizes[-1])
-    chunk = partial(_chunk_grad, padded, gate, up, weights, activation)
+    chunk = partial(_chunk_grad, padded, gate, up, weights)
     grad_weights, _ = vary_together(jax.tree.map(jnp.zeros_like, weights), xs)
     with jax.named_scope("grouped_ffn_grad"):
         grad_rows, grad_weights = fold_groups(
@@ -165,7 +165,7 @@ def _grouped_ffn_bwd(sizes, activation, residuals, dy):
     return jnp.where(used, grad_rows[:num_rows], 0), grad_weights, None, None
 
 
-def _chunk_grad(xs, gate, up, weights, activation, size, grad, start, rows, row):
+def _chunk_grad(xs, gate, up, weights, size, grad, start, rows, row):
     """Gradients of one chunk: dx [size, D] and this chunk's share of the weights' gradient.
 
     Rows of the window past the chunk's own `rows` belong to other experts. They are masked in
@@ -176,14 +176,20 @@ def _chunk_grad(xs, gate, up, weights, activation, size, grad, start, rows, row)
         jnp.where(own, window(a, start, size).astype(jnp.float32), 0) for a in (xs, gate, up)
     )
     dy = jnp.where(own, grad[:size].astype(jnp.float32), 0)
-    hidden, act_vjp = jax.vjp(activation_fn(activation), gate)
-    d_hidden = dot_nt(dy, read_row(weights.w_down, row))
-    (d_gate,) = act_vjp(d_hidden * up)
-    d_up = d_hidden * hidden
+    hidden, hidden_vjp = jax.vjp(hidden_fn(weights.activation), gate, up)
+    d_gate, d_up = hidden_vjp(dot_nt(dy, read_row(weights.w_down, row)))
+    # Other experts' rows are zero in `hidden`, and so are their d_gate and d_up, since dy is.
+    biases = {}
+    if weights.b_gate is not None:
+        biases = dict(b_gate=d_gate.sum(0), b_up=d_up.sum(0), b_down=dy.sum(0))
     dx = dot_nt(d_gate, read_row(weights.w_gate, row))
     dx += dot_nt(d_up, read_row(weights.w_up, row))
     grads = GatedWeights(
-        w_gate=dot_tn(x, d_gate), w_up=dot_tn(x, d_up), w_down=dot_tn(hidden * up, dy)
+        w_gate=dot_tn(x, d_gate),
+        w_up=dot_tn(x, d_up),
+        w_down=dot_tn(hidden, dy),
+        **biases,
+        activation=weights.activation,
     )
     return dx, grads
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax.kernels.grouped_ffn.weights import GatedWeights, activation_fn, check_shapes
+from moejax.kernels.grouped_ffn.weights import GatedWeights, check_shapes, hidden_fn
 from moejax.kernels.vma import vary_together
 
 
@@ -21,11 +21,10 @@ def grouped_ffn(
     group_sizes: jax.Array,
     *,
     group_rows: jax.Array | None = None,
-    activation: str = "silu",
 ) -> jax.Array:
     """`xs` [M, D] sorted by group -> [M, D]; rows past `sum(group_sizes)` are zero."""
     check_shapes(xs, weights, group_sizes, group_rows)
-    act = activation_fn(activation)
+    hidden = hidden_fn(weights.activation)
     if group_rows is None:
         group_rows = jnp.arange(group_sizes.shape[0], dtype=jnp.int32)
     xs, weights, group_sizes, group_rows = vary_together(xs, weights, group_sizes, group_rows)
@@ -35,15 +34,18 @@ def grouped_ffn(
     def add_group(y: jax.Array, group: tuple) -> tuple[jax.Array, None]:
         start, end, index = group
         own = (row >= start) & (row < end)  # [M, 1]
-        w_gate, w_up, w_down = (
-            w[index].astype(jnp.float32) for w in (weights.w_gate, weights.w_up, weights.w_down)
-        )
+        w = jax.tree.map(lambda leaf: leaf[index].astype(jnp.float32), weights)
         x = jnp.where(own, xs.astype(jnp.float32), 0)
         with jax.default_matmul_precision("highest"):
-            out = (act(x @ w_gate) * (x @ w_up)) @ w_down
+            out = hidden(_add(x @ w.w_gate, w.b_gate), _add(x @ w.w_up, w.b_up)) @ w.w_down
+        out = _add(out, w.b_down)
         return jnp.where(own, out, y), None
 
     zeros = jnp.zeros_like(xs, jnp.float32)
     groups = (ends - group_sizes, ends, group_rows)
     y, _ = lax.scan(add_group, vary_together(zeros, xs)[0], groups)
     return y.astype(xs.dtype)
+
+
+def _add(rows, bias):
+    return rows if bias is None else rows + bias[None]

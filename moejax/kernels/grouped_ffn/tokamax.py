@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moejax.kernels.grouped_ffn.weights import GatedWeights, activation_fn, check_shapes
+from moejax.kernels.grouped_ffn.weights import GatedWeights, check_shapes, hidden_fn
 from moejax.kernels.grouped_matmul.tokamax import grouped_matmul
 
 
@@ -13,14 +13,15 @@ def grouped_ffn(
     group_sizes: jax.Array,
     *,
     group_rows: jax.Array | None = None,
-    activation: str = "silu",
 ) -> jax.Array:
     """See `api.grouped_ffn`. Refuses `group_rows`: tokamax reads group g from row g."""
     check_shapes(xs, weights, group_sizes, group_rows)
-    act = activation_fn(activation)
+    hidden_of = hidden_fn(weights.activation)
     if group_rows is not None:
         raise NotImplementedError("tokamax.ragged_dot has no group_rows")
+    if weights.b_gate is not None:
+        raise NotImplementedError("tokamax.ragged_dot has no biases")
     gate = grouped_matmul(xs, weights.w_gate, group_sizes, preferred_element_type=jnp.float32)
     up = grouped_matmul(xs, weights.w_up, group_sizes, preferred_element_type=jnp.float32)
-    hidden = (act(gate) * up).astype(xs.dtype)
+    hidden = hidden_of(gate, up).astype(xs.dtype)
     return grouped_matmul(hidden, weights.w_down, group_sizes, preferred_element_type=xs.dtype)

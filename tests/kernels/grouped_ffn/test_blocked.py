@@ -31,9 +31,8 @@ blocked_ffn = functools.partial(blocked.grouped_ffn, sizes=SIZES)
 
 
 @functools.cache
-def compiled(dtype=jnp.float32, activation="silu"):
-    ffns = (blocked_ffn, reference.grouped_ffn)
-    return [value_and_grads(functools.partial(ffn, activation=activation)) for ffn in ffns]
+def compiled(dtype=jnp.float32):
+    return [value_and_grads(ffn) for ffn in (blocked_ffn, reference.grouped_ffn)]
 
 
 def operands(key, dtype=jnp.float32, groups=NUM_GROUPS, rows=NUM_ROWS):
@@ -70,12 +69,29 @@ def test_mixed_dtypes_and_other_activation(key):
     xs, weights, ct = operands(key)
     weights = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
     group_sizes = jnp.asarray(SKEWED["first_is_large"], jnp.int32)
-    got, want = (run((xs, weights), group_sizes, ct) for run in compiled(activation="gelu_tanh"))
+    other = weights.replace(activation="gelu_tanh")
+    got, want = (run((xs, other), group_sizes, ct) for run in compiled())
     assert got[0].dtype == jnp.float32
     assert_close(got[0], want[0])
     assert_close(got[1], want[1], 1e-2)
     silu = compiled()[0]((xs, weights), group_sizes, ct)[0]
     assert np.abs(silu - got[0]).max() > 1e-3
+
+
+def test_biases_and_clamped_swiglu(key):
+    """gpt-oss: large rows, so that both clamps act."""
+    xs, weights, ct = operands(key)
+    b_gate, b_up, b_down = normal(key, (NUM_GROUPS, F), (NUM_GROUPS, F), (NUM_GROUPS, D))
+    weights = weights.replace(b_gate=b_gate, b_up=b_up, b_down=b_down, activation="clamped_swiglu")
+    group_sizes = jnp.asarray(SKEWED["first_is_large"], jnp.int32)
+    got, want = (run((4 * xs, weights), group_sizes, ct) for run in compiled())
+    assert_close(got, want)
+    x, w = 4 * np.asarray(xs[0]), jax.tree.map(lambda leaf: np.asarray(leaf[0]), weights)
+    gate, up = x @ w.w_gate + w.b_gate, x @ w.w_up + w.b_up
+    assert gate.max() > 7 and np.abs(up).max() > 7
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    hidden = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    np.testing.assert_allclose(got[0][0], hidden @ w.w_down + w.b_down, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [None, (1,), (3,)])
