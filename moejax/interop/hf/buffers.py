@@ -1,0 +1,62 @@
+"""Host memory in which a jax array is put together, one buffer per distinct shard.
+
+XLA:CPU takes a buffer that is aligned to 64 bytes as it is, in every memory kind; other platforms
+copy it, straight to the memory that the sharding says.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+_ALIGNMENT = 64
+Bounds = tuple[tuple[int, int], ...]  # first and last + 1, per axis
+
+
+class Buffers:
+    """The shards of one array that this process holds, to be filled."""
+
+    def __init__(self, leaf: jax.ShapeDtypeStruct):
+        """`leaf` has a sharding; nothing is allocated for shards of other processes."""
+        self.leaf = leaf
+        indices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+        self._bounds: dict[jax.Device, Bounds] = {
+            device: tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
+            for device, index in indices.items()
+        }
+        self._arrays = {
+            bounds: aligned(tuple(stop - start for start, stop in bounds), leaf.dtype)
+            for bounds in self._bounds.values()
+        }
+
+    def put(self, index: tuple[int, ...], value: np.ndarray) -> int:
+        """Writes `value` at `index` of the array's leading axes, cast; returns its bytes.
+
+        Only those axes may be sharded.
+        """
+        for bounds, array in self._arrays.items():
+            leading = bounds[: len(index)]
+            if all(start <= i < stop for i, (start, stop) in zip(index, leading, strict=True)):
+                local = tuple(i - start for i, (start, _) in zip(index, leading, strict=True))
+                array[local] = value
+        return math.prod(value.shape) * self.leaf.dtype.itemsize
+
+    def finish(self) -> jax.Array:
+        """The array. The buffers are part of it (CPU) or freed once they are copied."""
+        kind = self.leaf.sharding.memory_kind
+        shards = [
+            jax.device_put(self._arrays[bounds], SingleDeviceSharding(device, memory_kind=kind))
+            for device, bounds in self._bounds.items()
+        ]
+        jax.block_until_ready(shards)
+        self._arrays = {}
+        return jax.make_array_from_single_device_arrays(self.leaf.shape, self.leaf.sharding, shards)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that starts at a multiple of 64 bytes."""
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(count + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + count].view(dtype).reshape(shape)

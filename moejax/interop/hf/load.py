@@ -1,0 +1,172 @@
+"""Reads a checkpoint folder: every tensor to where it is used, experts straight to host memory.
+
+Tensor by tensor: one is read, dequantised, laid out and cast, then written into the buffer of its
+parameter. The buffers become jax arrays leaf by leaf, on the CPU without a copy, so host memory
+peaks at the size of the target and a few tensors.
+
+Axis letters:
+    Lm  MoE layers    E  experts
+"""
+
+import dataclasses
+import pathlib
+import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.core.errors import check
+from moejax.core.memory import device_sharding, host_sharding, nbytes
+from moejax.core.mesh import check_divisible
+from moejax.interop.hf.buffers import Buffers
+from moejax.interop.hf.fields import Fields
+from moejax.interop.hf.packed import Tensor, unpacked
+from moejax.interop.hf.plan import Piece, check_size, check_tensors, leaves_of, make_plan
+from moejax.interop.hf.registry import find_architecture
+from moejax.interop.hf.rope import context_of
+from moejax.interop.hf.tensors import open_folder, read_json
+from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.models.config import DecoderConfig
+from moejax.models.decoder import DecoderParams, init_decoder
+from moejax.models.experts import split_experts
+from moejax.models.restore import ExpertMemory
+
+Progress = Callable[[int, int], None]  # (bytes written, bytes of the target)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Imported:
+    """A model read from a checkpoint, and what is needed to write it back.
+
+    Attributes:
+        params: without experts, on every device of the mesh.
+        experts: [Lm, E, ...], sharded over the `expert` axis.
+        hf_config: the config.json, without what described packed tensors.
+        stored_dtypes: tensors that are stored in another dtype than `hf_config` says.
+        context: positions that the model was made for.
+        unused: tensors of the folder that are not part of the decoder.
+    """
+
+    cfg: DecoderConfig
+    params: DecoderParams
+    experts: GatedWeights
+    hf_config: dict[str, Any]
+    stored_dtypes: dict[str, str]
+    context: int
+    unused: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return nbytes((self.params, self.experts))
+
+
+def load_folder(
+    path: str | pathlib.Path,
+    *,
+    mesh: Mesh,
+    dtype: str | None = None,
+    expert_memory: ExpertMemory = "pinned_host",
+    progress: Progress | None = None,
+) -> Imported:
+    """The model in folder `path`, which holds config.json and safetensors files.
+
+    Args:
+        dtype: of the weights, `float32` or `bfloat16`; None for that of the checkpoint (float16
+            becomes float32, which holds it exactly). Routers are always float32.
+        expert_memory: where the experts go; the rest goes to device memory.
+        progress: called after every tensor.
+
+    Raises `InputError` for an unknown architecture, an unsupported value or packing, a missing or
+    damaged file, and tensors that are missing, too many, or of another shape. Warns of tensors that
+    hold NaN. Cost: one read of the files; host memory peaks at the target and two tensors.
+    """
+    folder = pathlib.Path(path)
+    values = read_json(folder / "config.json")
+    fields, architecture = Fields(values), find_architecture(values, folder)
+    cfg = dataclasses.replace(architecture.read_config(fields), dtype=pick_dtype(fields, dtype))
+    stored = open_folder(folder)
+    tensors = unpacked(stored, values.get("quantization_config"))
+    target = abstract_model(cfg, mesh=mesh, expert_memory=expert_memory)
+    plan = make_plan(architecture.rules(cfg), cfg, leaves_of(target), tensors)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    ignored = (*architecture.ignored(cfg), *map(re.escape, architecture.placeholders(cfg)))
+    unused = check_tensors(plan, shapes, ignored, str(folder))
+    params, experts = _fill(target, plan, tensors, str(folder), progress)
+    main = stored_dtype(fields)
+    return Imported(
+        cfg=cfg,
+        params=params,
+        experts=experts,
+        hf_config={k: v for k, v in values.items() if k != "quantization_config"},
+        stored_dtypes={
+            piece.name: str(stored[piece.name].dtype)
+            for piece in plan
+            if piece.name in stored
+            and str(stored[piece.name].dtype) != main
+            and stored[piece.name].dtype.itemsize > 1
+        },
+        context=context_of(fields),
+        unused=tuple(unused),
+    )
+
+
+def stored_dtype(fields: Fields) -> str:
+    """The dtype that a config.json names, float32 where it names none."""
+    return fields.text("dtype", "torch_dtype", default="float32").removeprefix("torch.")
+
+
+def pick_dtype(fields: Fields, wanted: str | None) -> Any:
+    """`wanted`, or what holds the checkpoint's dtype exactly."""
+    stored = stored_dtype(fields)
+    known = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+    check(stored in known, f"config.json: dtype={stored!r} is not one of {', '.join(known)}")
+    return wanted or known[stored]
+
+
+def abstract_model(
+    cfg: DecoderConfig, *, mesh: Mesh, expert_memory: ExpertMemory
+) -> tuple[DecoderParams, GatedWeights]:
+    """Shapes, dtypes and shardings of the parameters without experts, and of the experts."""
+    check_divisible(cfg.moe.num_experts, mesh)
+    place = {"pinned_host": host_sharding, "device": device_sharding}[expert_memory]
+
+    def init(key: jax.Array) -> tuple[DecoderParams, GatedWeights]:
+        return split_experts(init_decoder(key, cfg), cfg)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+
+    def struct(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    dense = jax.tree.map(partial(struct, sharding=device_sharding(mesh)), shapes[0])
+    return dense, jax.tree.map(partial(struct, sharding=place(mesh, P(None, "expert"))), shapes[1])
+
+
+def _fill(target: Any, plan: list[Piece], tensors: dict[str, Tensor], where: str, progress):
+    """The arrays of `target`, filled by the pieces of `plan`."""
+    buffers = {name: Buffers(leaf) for name, leaf in leaves_of(target).items()}
+    total, done, with_nan = nbytes(target), 0, []
+    for piece in plan:
+        tensor = tensors[piece.name]
+        check_size(piece, tensor.shape, where)
+        array = tensor.read(piece.row)
+        if np.isnan(array).any():
+            with_nan.append(piece.name)
+        shapes = [target.shape for target in piece.targets]
+        for part, to in zip(piece.how.load(array, shapes), piece.targets, strict=True):
+            done += buffers[to.leaf].put(to.index, part)
+        if progress:
+            progress(done, total)
+    if with_nan:
+        names = ", ".join(dict.fromkeys(with_nan[:3]))
+        warnings.warn(f"{where}: {len(with_nan)} tensors hold NaN: {names}", stacklevel=3)
+    # Leaves come in the order of the tree.
+    leaves = [buffers[name].finish() for name in list(buffers)]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)
