@@ -4,9 +4,11 @@ Found by compiling for the targets (`experiments/aot_dispatch.py`, table in `doc
 """
 
 _OPTIONS: dict[str, dict[str, bool | str]] = {
-    # An all-to-all is synchronous unless told otherwise; permutes, all-gathers and reduce-scatters
-    # are asynchronous by default.
-    "tpu": {"xla_tpu_enable_async_all_to_all": True},
+    # Of the collectives here permutes alone are asynchronous by default.
+    "tpu": {
+        "xla_tpu_enable_async_all_to_all": True,
+        "xla_tpu_enable_async_ragged_all_to_all": True,
+    },
     # All collectives are asynchronous, but products of several chunks with the same weights become
     # one product, and their all-gathers and reduce-scatters one collective: nothing is left to
     # hide behind.
@@ -23,7 +25,7 @@ def overlap_options(platform: str) -> dict[str, bool | str]:
 
     The training loop passes them. Empty where nothing has to be said.
 
-    >>> overlap_options("tpu")
-    {'xla_tpu_enable_async_all_to_all': True}
+    >>> overlap_options("cpu")
+    {}
     """
     return dict(_OPTIONS.get(platform, {}))

@@ -87,9 +87,7 @@ def test_a_plan_is_carried_through_checkpoints_to_the_bit(tokens, tmp_path):
 
 def test_what_does_not_fit_is_refused():
     mesh = make_mesh(data=4, expert=2)
-    with pytest.raises(
-        InputError, match="batch_size=4 is not divisible by data . expert = 8"
-    ):
+    with pytest.raises(InputError, match="batch_size=4 is not divisible by data . expert = 8"):
         make_worker_step(MODEL, CFG, mesh, Exchange())
     with pytest.raises(InputError, match="fully_sharded=True does not fit"):
         init_workers(MODEL, tiny_train(fully_sharded=True), mesh, Exchange())
