@@ -5,6 +5,7 @@ compile for a mesh and how to read the result.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ from moejax.core.errors import check
 from moejax.core.memory import device_sharding, fetch_rows, host_sharding, nbytes
 from moejax.core.mesh import check_divisible
 from moejax.experts.gated import gated_mlp, init_experts
+from moejax.interop.hf.fields import Fields
+from moejax.interop.hf.registry import find_architecture
+from moejax.interop.hf.tensors import read_json
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import DecoderConfig, moe_decoder
@@ -48,23 +52,16 @@ class Built:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OffloadedDecode:
-    """One decode step of `moejax.serving` with the experts in host memory.
-
-    The default is an OLMoE-like model (arXiv 2409.02060) at half its width and half its depth.
+class DecodeStep:
+    """One decode step of `moejax.serving`; its kinds say of which model.
 
     Attributes:
         expert_axis: devices that share the experts; the others of the target stay idle.
-        device_budget: as `moejax.offload.budget` reads it, per device.
+        device_budget: as `moejax.offload.budget` reads it, per device; `none` keeps all experts
+            on the devices.
         workspace_mib: part of the budget left for activations and the compiler's temporaries.
     """
 
-    d_model: int = 1024
-    d_ff: int = 512
-    num_layers: int = 8
-    num_experts: int = 64
-    top_k: int = 8
-    vocab_size: int = 50304
     batch: int = 1
     capacity: int = 1024
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -77,6 +74,85 @@ class OffloadedDecode:
 
     def model(self) -> DecoderConfig:
         """The decoder that is compiled."""
+        raise NotImplementedError
+
+    def footprint(self, params: Any, experts: GatedWeights, ranks: int) -> Footprint:
+        """What one device holds besides slots."""
+        cfg = self.model()
+        kv = jax.eval_shape(lambda: init_cache(cfg, self.batch, self.capacity))
+        return Footprint(
+            dense_bytes=nbytes(params),
+            kv_bytes=nbytes(kv),
+            workspace_bytes=self.workspace_mib * 2**20,
+            expert_bytes=expert_bytes(experts),
+            num_layers=cfg.num_moe_layers,
+            num_experts=cfg.moe.router.num_experts // ranks,
+            landing_experts=self.prefetch_lanes + 1,
+        )
+
+    def offload(self, footprint: Footprint) -> OffloadConfig | None:
+        """Slots that the budget buys, None without a budget."""
+        budget = parse_budget(self.device_budget)
+        if budget is None:
+            return None
+        return OffloadConfig(
+            num_slots=solve_slots(budget, footprint, min_slots=footprint.num_layers),
+            policy=self.policy,
+            prefetch_lanes=self.prefetch_lanes,
+            fetch_mode=self.fetch_mode,
+        )
+
+    def build(self, mesh: Mesh) -> Built:
+        """The step, donated session and all, over `expert_axis` devices of `mesh`."""
+        cfg = self.model()
+        _check_tiles(d_model=cfg.d_model, d_ff=cfg.moe.d_ff)
+        local_experts = check_divisible(cfg.moe.router.num_experts, mesh)
+        params, experts = split_experts(
+            jax.eval_shape(lambda: init_decoder(jax.random.key(0), cfg)), cfg
+        )
+        footprint = self.footprint(params, experts, mesh.shape[AXIS])
+        offload = self.offload(footprint)
+        replicated, per_rank = device_sharding(mesh), device_sharding(mesh, P(AXIS))
+        params = abstract(params, replicated)
+        place = host_sharding if offload else device_sharding
+        experts = abstract(experts, place(mesh, EXPERT_SPEC))
+        prediction = next_gate(params, cfg) if offload and self.prefetch_lanes else None
+        programs = make_programs(
+            experts, cfg, mesh, capacity=self.capacity, offload=offload, prediction=prediction
+        )
+        predictor = prediction.params if prediction else None
+        session = jax.eval_shape(
+            lambda p: programs.start(p, batch=self.batch, seed=0, temperature=0.0), predictor
+        )
+        session = abstract(session, replicated).replace(offload=abstract(session.offload, per_rank))
+        tails = {leaf.shape[2:] for leaf in jax.tree.leaves(experts)}
+        rows, slots = cfg.num_moe_layers * local_experts, offload.num_slots if offload else 0
+        budget = footprint.fixed_bytes + slots * footprint.expert_bytes
+        return Built(
+            fn=programs.step,
+            abstract_args=(params, experts, predictor, session),
+            prefetch_scope="offload_prefetch",
+            compute_scope="moe_last_wave",
+            demand_scope="moe_waves",
+            cache_shapes=tuple((slots, *tail) for tail in tails if slots),
+            host_shapes=tuple((rows, *tail) for tail in tails)
+            + tuple((cfg.num_moe_layers, local_experts, *tail) for tail in tails),
+            device_budget=budget if offload else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OffloadedDecode(DecodeStep):
+    """The step of an OLMoE-like model (arXiv 2409.02060), at half its width and half its depth."""
+
+    d_model: int = 1024
+    d_ff: int = 512
+    num_layers: int = 8
+    num_experts: int = 64
+    top_k: int = 8
+    vocab_size: int = 50304
+
+    def model(self) -> DecoderConfig:
         router = RouterConfig(num_experts=self.num_experts, top_k=self.top_k, renormalize=False)
         heads = max(1, self.d_model // 128)
         return moe_decoder(
@@ -90,61 +166,20 @@ class OffloadedDecode:
             dtype=self.dtype,
         )
 
-    def footprint(self, params: Any, experts: GatedWeights, ranks: int) -> Footprint:
-        """What one device holds besides slots."""
-        kv = jax.eval_shape(lambda: init_cache(self.model(), self.batch, self.capacity))
-        return Footprint(
-            dense_bytes=nbytes(params),
-            kv_bytes=nbytes(kv),
-            workspace_bytes=self.workspace_mib * 2**20,
-            expert_bytes=expert_bytes(experts),
-            num_layers=self.num_layers,
-            num_experts=self.num_experts // ranks,
-            landing_experts=self.prefetch_lanes + 1,
-        )
 
-    def build(self, mesh: Mesh) -> Built:
-        """The step, donated session and all, over `expert_axis` devices of `mesh`."""
-        _check_tiles(d_model=self.d_model, d_ff=self.d_ff)
-        local_experts = check_divisible(self.num_experts, mesh)
-        cfg = self.model()
-        params, experts = split_experts(
-            jax.eval_shape(lambda: init_decoder(jax.random.key(0), cfg)), cfg
-        )
-        footprint = self.footprint(params, experts, mesh.shape[AXIS])
-        budget = parse_budget(self.device_budget)
-        slots = solve_slots(budget, footprint, min_slots=self.num_layers)
-        offload = OffloadConfig(
-            num_slots=slots,
-            policy=self.policy,
-            prefetch_lanes=self.prefetch_lanes,
-            fetch_mode=self.fetch_mode,
-        )
-        replicated, per_rank = device_sharding(mesh), device_sharding(mesh, P(AXIS))
-        params = abstract(params, replicated)
-        experts = abstract(experts, host_sharding(mesh, EXPERT_SPEC))
-        prediction = next_gate(params, cfg) if self.prefetch_lanes else None
-        programs = make_programs(
-            experts, cfg, mesh, capacity=self.capacity, offload=offload, prediction=prediction
-        )
-        predictor = prediction.params if prediction else None
-        session = jax.eval_shape(
-            lambda p: programs.start(p, batch=self.batch, seed=0, temperature=0.0), predictor
-        )
-        session = abstract(session, replicated).replace(offload=abstract(session.offload, per_rank))
-        tails = {leaf.shape[2:] for leaf in jax.tree.leaves(experts)}
-        rows = self.num_layers * local_experts
-        return Built(
-            fn=programs.step,
-            abstract_args=(params, experts, predictor, session),
-            prefetch_scope="offload_prefetch",
-            compute_scope="moe_last_wave",
-            demand_scope="moe_waves",
-            cache_shapes=tuple((slots, *tail) for tail in tails),
-            host_shapes=tuple((rows, *tail) for tail in tails)
-            + tuple((self.num_layers, local_experts, *tail) for tail in tails),
-            device_budget=footprint.fixed_bytes + slots * footprint.expert_bytes,
-        )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointDecode(DecodeStep):
+    """The step of a published model, from the config.json of its checkpoint alone."""
+
+    config: str = "configs/hf/qwen3_30b_a3b.json"
+    device_budget: str = "12GiB"
+    workspace_mib: int = 256
+
+    def model(self) -> DecoderConfig:
+        path = pathlib.Path(self.config)
+        values = read_json(path)
+        architecture = find_architecture(values, path)
+        return dataclasses.replace(architecture.read_config(Fields(values)), dtype=self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,7 +256,8 @@ def _check_tiles(**dims: int) -> None:
         check(size % 128 == 0, f"{name}={size} is not a multiple of 128, the width of a TPU tile")
 
 
-PROGRAMS: dict[str, type[OffloadedDecode] | type[StreamingLayers]] = {
+PROGRAMS: dict[str, type[DecodeStep] | type[StreamingLayers]] = {
     "offloaded_decode": OffloadedDecode,
+    "checkpoint_decode": CheckpointDecode,
     "streaming_layers": StreamingLayers,
 }

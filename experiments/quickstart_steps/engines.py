@@ -20,7 +20,7 @@ from moejax.core.memory import nbytes
 from moejax.data.text import Split
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.models.config import DecoderConfig
-from moejax.models.decoder import DecoderParams
+from moejax.models.decoder import DecoderParams, init_cache
 from moejax.offload.budget import Footprint, parse_budget, solve_slots
 from moejax.offload.stage import OffloadConfig
 from moejax.offload.store import expert_bytes, to_device
@@ -115,13 +115,12 @@ def footprint_of(
     lanes: int,
 ) -> Footprint:
     """Device bytes besides slots, at the largest batch of the comparison."""
-    batch, attention = max(cfg.batch_sizes), model.attention
-    width = attention.num_kv_heads * attention.head_dim
-    item = model.jnp_dtype.itemsize
+    batch = max(cfg.batch_sizes)
+    kv = jax.eval_shape(lambda: init_cache(model, batch, kv_capacity(cfg)))
     assignments = batch * cfg.prompt_bytes * model.moe.router.top_k
     return Footprint(
         dense_bytes=nbytes(dense),
-        kv_bytes=2 * model.num_layers * batch * kv_capacity(cfg) * width * item,
+        kv_bytes=nbytes(kv),
         # Sorted rows in and out of the experts, and the logits.
         workspace_bytes=4 * assignments * model.d_model * 4
         + batch * cfg.prompt_bytes * model.vocab_size * 4,
