@@ -143,15 +143,15 @@ def make_worker_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (_, metrics), grads = grad_fn(one.params, tokens)
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
-            params: Any = one.params
-            grads, gradients_state = exchange.gradients.update(grads, one.gradients_state, params)
+            old: Any = one.params
+            grads, gradients_state = exchange.gradients.update(grads, one.gradients_state, old)
             scale = jnp.minimum(1.0, cfg.clip_norm / worker_norm(grads))
             grads = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), grads)
-            updates, opt_state = inner.update(grads, one.opt_state, params)
+            updates, opt_state = inner.update(grads, one.opt_state, old)
             lr = learning_rate(progress, cfg)
-            updates = jax.tree.map(lambda u, p: (-lr * u).astype(p.dtype), updates, params)
-            updates, weights_state = exchange.weights.update(updates, one.weights_state, params)
-            params = optax.apply_updates(params, updates)
+            updates = jax.tree.map(lambda u, p: (-lr * u).astype(p.dtype), updates, old)
+            updates, weights_state = exchange.weights.update(updates, one.weights_state, old)
+            params: Any = optax.apply_updates(old, updates)
         new = WorkerState(
             params=params,
             opt_state=opt_state,

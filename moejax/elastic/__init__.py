@@ -1,0 +1,1 @@
+"""Training that goes on when a process dies: a loop, a watchdog, snapshots, islands."""
