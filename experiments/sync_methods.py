@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
@@ -120,7 +121,7 @@ def run_method(method: Method, model: Any, corpus: Any, cfg: TrainConfig, seeds:
         history, begin = [], time.perf_counter()
         batches = source.batches(0, np.arange(cfg.batch_size))
         for i, tokens in zip(range(steps), batches, strict=False):
-            state, nats = step(state, tokens, np.float32(i / steps))
+            state, nats = step(state, jnp.asarray(tokens), jnp.float32(i / steps))
             history.append(nats)
         train = [float(np.mean(one)) for one in jax.device_get(history)]
         seconds = time.perf_counter() - begin

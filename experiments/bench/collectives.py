@@ -37,7 +37,7 @@ from moejax.collectives.compose import with_codec
 from moejax.collectives.flat import all_reduce
 from moejax.collectives.inspect import inspect_collectives
 from moejax.collectives.lower import run_schedule
-from moejax.collectives.schedule import Schedule
+from moejax.collectives.schedule import Operation, Schedule
 from moejax.collectives.traffic import traffic
 from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
@@ -48,7 +48,7 @@ CSV = flags.DEFINE_string("csv", None, "where to write a row per collective and 
 PLOT = flags.DEFINE_string("plot", None, "where to write bus bandwidths over size, as PNG")
 AXES = {"data": 2, "expert": 4}
 RANKS, NAMES = 8, tuple(AXES)
-FACTORS = {
+FACTORS: dict[Operation, float] = {
     "all_reduce": 2 * (RANKS - 1) / RANKS,
     "reduce_scatter": (RANKS - 1) / RANKS,
     "all_gather": (RANKS - 1) / RANKS,
@@ -57,9 +57,11 @@ FACTORS = {
 }
 
 
-def schedules() -> dict[str, tuple[str, Schedule]]:
+def schedules() -> dict[str, tuple[Operation, Schedule]]:
     """(operation, schedule) by name: the compiler's own, and ours."""
-    found = {f"native_{op}": (op, native(AXES, op)) for op in FACTORS if op != "broadcast"}
+    found: dict[str, tuple[Operation, Schedule]] = {
+        f"native_{op}": (op, native(AXES, op)) for op in FACTORS if op != "broadcast"
+    }
     for name, builder in BUILDERS.items():
         if builder.operation in FACTORS:
             found[name] = builder.operation, builder.build(AXES)
@@ -192,7 +194,7 @@ def main() -> None:
         check(text.isdigit() and 4 <= int(text) <= 2**28, f"--sizes: {text!r} is not in 4..2**28")
         sizes.append(int(text))
     cli.use_cpu_devices(RANKS)
-    records = []
+    records: list[dict[str, Any]] = []
     for nbytes in sizes:
         times, facts = measure(nbytes, ROUNDS.value)
         for name, fact in facts.items():
