@@ -49,6 +49,8 @@ class Built:
     cache_shapes: tuple[tuple[int, ...], ...]  # of one device, never to be copied whole
     host_shapes: tuple[tuple[int, ...], ...]
     device_budget: int | None  # bytes per device
+    layers: int = 1  # how often a step runs the loop body that holds the transfers
+    wanted_bytes: int = 0  # of the experts that a step may want of one device, all layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,7 @@ class DecodeStep:
         )
         session = abstract(session, replicated).replace(offload=abstract(session.offload, per_rank))
         tails = {leaf.shape[2:] for leaf in jax.tree.leaves(experts)}
+        wanted = min(self.batch * cfg.moe.router.top_k, local_experts)
         rows, slots = cfg.num_moe_layers * local_experts, offload.num_slots if offload else 0
         budget = footprint.fixed_bytes + slots * footprint.expert_bytes
         return Built(
@@ -138,6 +141,8 @@ class DecodeStep:
             host_shapes=tuple((rows, *tail) for tail in tails)
             + tuple((cfg.num_moe_layers, local_experts, *tail) for tail in tails),
             device_budget=budget if offload else None,
+            layers=cfg.num_moe_layers,
+            wanted_bytes=cfg.num_moe_layers * wanted * expert_bytes(experts) if offload else 0,
         )
 
 

@@ -56,6 +56,8 @@ def collect(built: Built, facts: CompiledFacts) -> dict[str, Any]:
         "prefetch_transfers": len(prefetch),
         "prefetch_overlapped": len(overlapped),
         "prefetch_bytes": sum(one.nbytes for one in prefetch),
+        "step_prefetch_bytes": built.layers * sum(one.nbytes for one in prefetch),
+        "step_demand_bytes_at_most": built.wanted_bytes,
         "whole_cache_copies": _copies(facts, built.cache_shapes),
         "whole_host_copies": _copies(facts, built.host_shapes),
         "device_bytes": facts.memory.device_bytes,

@@ -40,6 +40,8 @@ def test_offloaded_decode_hides_its_prefetch(target, batch):
     figures = _figures(dataclasses.replace(SMALL, batch=batch), target)
     assert figures["prefetch_transfers"] == figures["prefetch_overlapped"] == 2 * 3
     assert figures["prefetch_bytes"] == 2 * EXPERT_BYTES
+    assert figures["step_prefetch_bytes"] == 3 * 2 * EXPERT_BYTES
+    assert figures["step_demand_bytes_at_most"] == 3 * min(2 * batch, 64) * EXPERT_BYTES
     assert figures["demand_transfers"] == figures["demand_overlapped"] == 3
     assert figures["host_temp_bytes"] == 0
     assert figures["whole_cache_copies"] == figures["whole_host_copies"] == 0
