@@ -49,7 +49,7 @@ METHODS = flags.DEFINE_list("methods", None, "some of the methods; default: all"
 DATA = flags.DEFINE_string("data", None, "text file or folder; default: the standard library")
 PLOT = flags.DEFINE_string("plot", None, "where to write the losses over bytes, as PNG")
 WORKERS, AXES, PERIOD = 8, ("data",), 8
-TOPK_SHARE, THRESHOLD, EXACT_EVERY = 100, 1e-3, 8
+TOPK_SHARE, TOPK_BLOCK, THRESHOLD, EXACT_EVERY = 50, 1000, 1e-3, 8
 MODEL = ModelConfig(
     num_layers=4,
     d_model=64,
@@ -74,7 +74,7 @@ def methods(params: Any) -> dict[str, Callable[[], Method]]:
     """Every method by name, for weights of these shapes."""
     everything, layers = whole(params), by_layer(params)
     n = size(params, everything[0])
-    top = TopK(n // TOPK_SHARE)
+    top = TopK(TOPK_BLOCK // TOPK_SHARE, TOPK_BLOCK)
     delayed = cd_sgd(THRESHOLD, EXACT_EVERY)
 
     def gradients(codec: Any = None, feedback: bool = True) -> Method:

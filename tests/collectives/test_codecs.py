@@ -15,7 +15,7 @@ CODECS = {
     "int8 short": BlockQuant(8, 2),
     "int4": BlockQuant(4, 32),
     "two bits": TwoBit(0.1),
-    "top-k": TopK(7),
+    "top-k": TopK(7, 64),
 }
 
 
@@ -66,19 +66,23 @@ def test_blocks_are_as_exact_as_they_say(name, bound):
 
 def test_other_codecs_by_hand():
     x = jnp.array([[0.3, -0.05, -0.1, 0.1, 0.0, -7.0, 0.099]])
+
+    def bf16(value):
+        return float(jnp.bfloat16(value))
+
     two = TwoBit(0.1)
     np.testing.assert_array_equal(
         two.decode(two.encode(x), 7, x.dtype), np.float32([[0.1, 0, -0.1, 0.1, 0, -0.1, 0]])
     )
-    top = TopK(2)
+    top = TopK(1, 4)
     np.testing.assert_array_equal(
-        top.decode(top.encode(x), 7, x.dtype), np.float32([[0.3, 0, 0, 0, 0, -7, 0]])
+        top.decode(top.encode(x), 7, x.dtype), np.float32([[bf16(0.3), 0, 0, 0, 0, -7, 0]])
     )
     short = Bfloat16()
     np.testing.assert_array_equal(
         short.decode(short.encode(x), 7, x.dtype), x.astype(jnp.bfloat16).astype(x.dtype)
     )
-    assert [c.nbytes(7, 4) for c in (two, top, short, BlockQuant(4, 4))] == [2, 16, 14, 8]
+    assert [c.nbytes(7, 4) for c in (two, top, short, BlockQuant(4, 4))] == [2, 8, 14, 8]
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4", "two bits", "top-k"])
@@ -96,8 +100,9 @@ def test_what_is_no_number_is_not_hidden(name, bad):
         (lambda: BlockQuant(5), "bits=5 is not 4 or 8"),
         (lambda: BlockQuant(4, 7), "block=7 must be even"),
         (lambda: TwoBit(0.0), "threshold=0.0 must be positive"),
-        (lambda: TopK(0), "k=0 must be at least 1"),
-        (lambda: TopK(9).encode(jnp.ones((1, 8))), "k=9 of rows of 8 elements"),
+        (lambda: TopK(0), "k=0 must be between 1 and block=1024"),
+        (lambda: TopK(9, 8), "k=9 must be between 1 and block=8"),
+        (lambda: TopK(9, 2**17), "block=131072 must be between 2 and 65536"),
         (
             lambda: BlockQuant().encode(jnp.ones((1, 8), jnp.bfloat16)),
             "float32, got bfloat16",

@@ -12,7 +12,7 @@ from moejax.core.errors import InputError
 from tests.collectives.cases import over
 
 
-@pytest.mark.parametrize("codec", [TopK(3), TwoBit(0.05), BlockQuant(4, 4)])
+@pytest.mark.parametrize("codec", [TopK(3, 16), TwoBit(0.05), BlockQuant(4, 4)])
 def test_everything_arrives_in_the_end(codec):
     """What was sent and what is still owed are what was wanted, in every step."""
     transform = error_feedback(codec)
@@ -34,7 +34,7 @@ def test_everything_arrives_in_the_end(codec):
 
 def test_sparse_sums_agree_and_weigh_by_overlap():
     gather = doubling_all_gather({"data": 2, "expert": 4})
-    codec, rng = TopK(5), np.random.default_rng(0)
+    codec, rng = TopK(5, 64), np.random.default_rng(0)
     x = rng.standard_normal((8, 40)).astype(np.float32)
 
     def run(x):

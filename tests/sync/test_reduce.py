@@ -9,7 +9,7 @@ from tests.collectives.cases import over
 
 CODECS = {
     None: 1e-6,
-    TopK(9): 1e-6,
+    TopK(9, 64): 1e-6,
     TwoBit(0.5): 1e-6,
     Bfloat16(): 2.0**-8,
     BlockQuant(8, 16): 1 / 127,

@@ -201,7 +201,7 @@ def test_bytes_per_step_are_those_of_the_reductions():
 def test_coded_gradients_are_fed_back():
     mesh = make_mesh(data=W)
     grads = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((W, N)), jnp.float32)}
-    codecs = {"plain": None, "top-k": TopK(2), "lossy": TopK(2)}
+    codecs = {"plain": None, "top-k": TopK(2, 32), "lossy": TopK(2, 32)}
     chains = {k: reduce_gradients(("data",), c, k != "lossy") for k, c in codecs.items()}
     zero = {"w": jnp.zeros(N)}
     states = {k: (_stacked(zero), _stacked(tx.init(zero))) for k, tx in chains.items()}
