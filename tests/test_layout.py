@@ -18,6 +18,7 @@ COVERED_ELSEWHERE = {
     "kernels/grouped_matmul/shapes.py": "kernels/grouped_matmul/test_api.py: names and sizes",
     "kernels/grouped_matmul/tokamax.py": "kernels/grouped_matmul/test_api.py: refusals on CPU",
     "kernels/permute/reference.py": "the oracle of kernels/permute/test_gather.py",
+    "interop/convert.py": "interop/test_load.py: to a checkpoint and back",
     "interop/hf/architecture.py": "interop/hf/test_parity.py: what all architectures share",
     "interop/hf/deepseek_v2.py": "interop/hf/test_parity.py: against transformers",
     "interop/hf/deepseek_v3.py": "interop/hf/test_parity.py: against transformers",

@@ -52,23 +52,19 @@ def save(
     step: int,
     *,
     params: PyTree,
-    optimizer: PyTree,
+    optimizer: PyTree = None,
     extra: dict[str, Any],
 ) -> None:
     """Starts writing checkpoint `step`; waits for the one before. The trees may be donated after.
 
-    Raises `InputError` when the disk is full.
+    Without an `optimizer` only the weights are kept. Raises `InputError` when the disk is full.
     """
     with writing("checkpoints", manager.directory):
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
-                extra=ocp.args.JsonSave(extra),
-            ),
-            force=True,
-        )
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(params)}
+        if optimizer is not None:
+            items["optimizer"] = ocp.args.StandardSave(optimizer)
+        items[EXTRA] = ocp.args.JsonSave(extra)
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
 
 
 def finish(manager: ocp.CheckpointManager) -> None:

@@ -24,8 +24,13 @@ def split_experts(params: DecoderParams, cfg: DecoderConfig) -> tuple[DecoderPar
     Cost: none where the MoE layers are one group; a copy of the experts where they are several.
     """
     experts = stack_moe(params, cfg, lambda moe: moe.experts)
+    return without_experts(params), experts
+
+
+def without_experts(params: DecoderParams) -> DecoderParams:
+    """The parameters without routed experts."""
     bare = jax.tree.map(_without_experts, params.groups, is_leaf=_is_layers)
-    return dataclasses.replace(params, groups=bare), experts
+    return dataclasses.replace(params, groups=bare)
 
 
 def join_experts(params: DecoderParams, experts: GatedWeights, cfg: DecoderConfig) -> DecoderParams:

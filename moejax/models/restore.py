@@ -60,11 +60,13 @@ def abstract_params(
         if layer.moe:
             check_divisible(layer.moe.num_experts, mesh)
     place = {"pinned_host": host_sharding, "device": device_sharding}[expert_memory]
-    # [L, E, ...]: the layer axis stays whole.
-    experts, others = place(mesh, P(None, "expert")), device_sharding(mesh)
 
     def struct(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = experts if jax.tree_util.GetAttrKey("experts") in path else others
+        sharding = device_sharding(mesh)
+        if jax.tree_util.GetAttrKey("experts") in path:
+            # [L, E, ...], in a cycle [R, L, E, ...]: the axes of layers stay whole.
+            layers = sum(isinstance(key, jax.tree_util.SequenceKey) for key in path)
+            sharding = place(mesh, P(*[None] * layers, "expert"))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     # `eval_shape` loses memory kinds, so they are attached to its result.

@@ -34,11 +34,21 @@ class Engine:
     predictor: Any  # parameters of the prediction, or None
     programs: Programs
 
-    def start(self, batch: int, *, seed: int = 0, temperature: float = 0.0) -> Session:
-        """An empty session for `batch` sequences; temperature 0 decodes greedily."""
+    def start(
+        self, batch: int, *, seed: int = 0, temperature: float = 0.0, top_p: float = 1.0
+    ) -> Session:
+        """An empty session for `batch` sequences; temperature 0 decodes greedily.
+
+        Otherwise tokens are sampled from the likeliest that make up `top_p`, see `sampling`.
+        """
         check(temperature >= 0, f"temperature={temperature} must not be negative")
+        check(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1")
         return self.programs.start(
-            self.predictor, batch=batch, seed=seed, temperature=float(temperature)
+            self.predictor,
+            batch=batch,
+            seed=seed,
+            temperature=float(temperature),
+            top_p=float(top_p),
         )
 
     def prefill(

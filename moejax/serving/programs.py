@@ -29,10 +29,13 @@ from moejax.offload.preload import preload
 from moejax.offload.stage import OffloadConfig, OffloadState, init_state, offloaded
 from moejax.offload.store import EXPERT_SPEC, check_platform
 from moejax.serving.prediction import Prediction, begin_token, see_prompt
+from moejax.serving.sampling import next_token
 
 AXIS = "expert"
 # A tree of specs has the class of the tree it describes.
-_SESSION_SPECS: dict[str, Any] = dict(kv=P(), token=P(), key=P(), temperature=P(), offload=P(AXIS))
+_SESSION_SPECS: dict[str, Any] = dict(
+    kv=P(), token=P(), key=P(), temperature=P(), top_p=P(), offload=P(AXIS)
+)
 
 
 @struct.dataclass(kw_only=True)
@@ -43,6 +46,7 @@ class Session:
     token: jax.Array  # int32 [B], the newest token, not yet in the KV cache
     key: jax.Array  # for sampling
     temperature: jax.Array  # float32 [], 0 decodes greedily
+    top_p: jax.Array  # float32 [], 1 samples from all tokens
     offload: OffloadState | None  # leading axis R on every leaf
 
 
@@ -106,7 +110,18 @@ def _jit_prefill(cfg: DecoderConfig, mesh: Mesh, offload: OffloadConfig | None):
 
 
 def _start(
-    experts, cfg, ranks, capacity, offload, prediction, predictor, *, batch, seed, temperature
+    experts,
+    cfg,
+    ranks,
+    capacity,
+    offload,
+    prediction,
+    predictor,
+    *,
+    batch,
+    seed,
+    temperature,
+    top_p=1.0,
 ):
     state = None
     if offload is not None:
@@ -124,6 +139,7 @@ def _start(
         token=jnp.zeros((batch,), jnp.int32),
         key=jax.random.key(seed),
         temperature=jnp.float32(temperature),
+        top_p=jnp.float32(top_p),
         offload=state,
     )
 
@@ -175,11 +191,7 @@ class _Program:
 
     def _emit(self, session, logits, metrics):
         key, draw = jax.random.split(session.key)
-        token = jax.lax.cond(
-            session.temperature > 0,
-            lambda: jax.random.categorical(draw, logits / session.temperature, axis=-1),
-            lambda: jnp.argmax(logits, axis=-1),
-        ).astype(jnp.int32)
+        token = next_token(draw, logits, session.temperature, session.top_p)
         return dataclasses.replace(session, token=token, key=key), token, metrics
 
 

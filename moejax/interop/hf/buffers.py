@@ -60,3 +60,13 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(count + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def read_index(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """`leaf[index]` on the host, from a shard of this process that has it."""
+    for shard in leaf.addressable_shards:
+        bounds = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
+        leading = list(zip(index, bounds[: len(index)], strict=True))
+        if all(start <= i < stop for i, (start, stop) in leading):
+            return np.asarray(shard.data)[tuple(i - start for i, (start, _) in leading)]
+    raise AssertionError(f"no shard of this process holds {index} of {leaf.shape}")

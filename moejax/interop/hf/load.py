@@ -50,6 +50,7 @@ class Imported:
         hf_config: the config.json, without what described packed tensors.
         stored_dtypes: tensors that are stored in another dtype than `hf_config` says.
         context: positions that the model was made for.
+        tensors_read: how many were read.
         unused: tensors of the folder that are not part of the decoder.
     """
 
@@ -59,7 +60,8 @@ class Imported:
     hf_config: dict[str, Any]
     stored_dtypes: dict[str, str]
     context: int
-    unused: tuple[str, ...]
+    tensors_read: int = 0
+    unused: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +115,7 @@ def load_folder(
             and stored[piece.name].dtype.itemsize > 1
         },
         context=context_of(fields),
+        tensors_read=len({name for piece in plan for name in tensors[piece.name].uses}),
         unused=tuple(unused),
     )
 

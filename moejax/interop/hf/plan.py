@@ -15,6 +15,7 @@ import jax
 from moejax.core.errors import check
 from moejax.interop.hf.rules import Either, Layout, Rule, Rules, Shape
 from moejax.models.config import Cycle, DecoderConfig
+from moejax.models.params import DecoderParams, LayerParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Place:
+class Place:
     """Where a layer's parameters are: the entry of its group, and indices into its leaves."""
 
     prefix: str
@@ -105,7 +106,7 @@ def check_size(piece: Piece, shape: Shape, where: str) -> None:
     )
 
 
-def _places(cfg: DecoderConfig) -> list[_Place]:
+def places(cfg: DecoderConfig) -> list[Place]:
     """Of every layer."""
     places, moe_layers = [], 0
     for g, group in enumerate(cfg.groups):
@@ -117,9 +118,17 @@ def _places(cfg: DecoderConfig) -> list[_Place]:
                     prefix = f"groups.{g}" if p is None else f"groups.{g}.{p}"
                     index = (i,) if repeat is None else (repeat, i)
                     moe_layer = moe_layers if part.moe else None
-                    places.append(_Place(prefix=prefix, index=index, moe_layer=moe_layer))
+                    places.append(Place(prefix=prefix, index=index, moe_layer=moe_layer))
                     moe_layers += part.moe is not None
     return places
+
+
+def group_entry(params: DecoderParams, place: Place) -> LayerParams:
+    """The stacked layers of the group that `place` is in."""
+    entry: Any = params.groups
+    for step in place.prefix.split(".")[1:]:
+        entry = entry[int(step)]
+    return entry
 
 
 def _decide(either: Either, cfg, leaves, present) -> list[Piece]:
@@ -137,7 +146,7 @@ def _expand(rule: Rule, cfg: DecoderConfig, leaves: dict[str, Any]) -> list[Piec
     if "{" not in rule.name:
         return [p for p in [_piece(rule, rule.name, None, "", (), leaves)] if p]
     pieces = []
-    for layer, place in enumerate(_places(cfg)):
+    for layer, place in enumerate(places(cfg)):
         if not rule.to.startswith("experts."):
             name = _spell(rule.name, layer)
             pieces.append(_piece(rule, name, None, place.prefix + ".", place.index, leaves))

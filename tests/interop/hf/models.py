@@ -86,14 +86,9 @@ def reference(case: Case, new_tokens: int) -> Reference:
     model = write_model(case, folder)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 64, length).astype(np.int32) for length in LENGTHS]
-    longest = max(LENGTHS)
-    ids = torch.tensor(np.stack([np.pad(p, (longest - len(p), 0)) for p in prompts])).long()
-    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in LENGTHS])
-    with torch.no_grad():
-        out = model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, use_cache=True
-        )
-    tokens = out[:, longest:].numpy().astype(np.int32)
+    # Llama 4 in transformers counts padding in the temperature of its queries.
+    batches = [[p] for p in prompts] if case.model_type == "llama4_text" else [prompts]
+    tokens = np.concatenate([_generate(model, batch, new_tokens) for batch in batches])
     logits, chosen = [], []
     for prompt, row in zip(prompts, tokens, strict=True):
         whole = torch.tensor(np.concatenate([prompt, row]))[None].long()
@@ -102,6 +97,20 @@ def reference(case: Case, new_tokens: int) -> Reference:
         chosen.append(choices)
     topk_idx = [list(layer) for layer in zip(*chosen, strict=True)]
     return Reference(folder, prompts, tokens, logits, topk_idx)
+
+
+def _generate(model, prompts, new_tokens) -> np.ndarray:
+    """Greedy tokens int32 [B, N] of prompts padded on the left."""
+    import torch
+
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor(np.stack([np.pad(p, (longest - len(p), 0)) for p in prompts])).long()
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, use_cache=True
+        )
+    return out[:, longest:].numpy().astype(np.int32)
 
 
 class routers:

@@ -1,0 +1,155 @@
+"""Generates text with a model that may be larger than the device.
+
+    python -m experiments.generate --model=folder --prompt="Once upon a time" --device_budget=8GiB
+    python -m experiments.generate --model=org/name --chat --prompt="Why is the sky blue?"
+
+`--model` is a Hugging Face folder or repository, or a folder of moejax's checkpoints. With a budget
+the experts stay in host memory and travel to the device as they are wanted. Several `--prompt` are
+one batch; each gives exactly what it gives alone. Text appears as it is generated, and at the end
+what limited the run.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from experiments import cli
+from experiments.generate_steps import decode
+from experiments.generate_steps.model_folder import find_folder, vocabulary_of
+from experiments.generate_steps.text import Text, pad, read_text
+from moejax.core.errors import InputError, check, check_seed
+from moejax.interop.load import LoadedModel, load
+from moejax.offload.budget import parse_budget
+from moejax.serving import prediction
+from moejax.serving.engine import Engine, make_engine
+
+MODEL = flags.DEFINE_string("model", None, "folder of a model, or a Hugging Face repository")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "text to go on from; several are one batch")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "file whose text is one more prompt")
+NEW = flags.DEFINE_integer("max_new_tokens", 128, "tokens after each prompt, at most")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "sample from the likeliest tokens of this probability")
+SEED = flags.DEFINE_integer("seed", 0, "of sampling")
+BUDGET = flags.DEFINE_string("device_budget", "none", "device memory: 8GiB, 25% of experts, none")
+PREDICTOR = flags.DEFINE_enum("predictor", "none", ["none", "next_gate"], "what to fetch ahead")
+LANES = flags.DEFINE_integer("prefetch_lanes", 4, "experts fetched ahead per layer by a predictor")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of weights; default: as stored")
+CHAT = flags.DEFINE_bool("chat", False, "put each prompt into the checkpoint's chat template")
+
+
+def main() -> None:
+    check_flags()
+    folder = find_folder(str(MODEL.value))
+    cli.check_writable(cli.JSON.value)
+    text = read_text(folder, vocabulary_of(folder))
+    prompts = [text.encode(prompt, chat=CHAT.value) for prompt in read_prompts()]
+    model = load_model(folder, prompts)
+    tokens, mask = decode.as_arrays(*pad(prompts, vocab_size=model.cfg.vocab_size))
+    engine = decode.compiled(make(model), tokens, mask)
+    printer = Printer(text, stream=len(prompts) == 1)
+    result = decode.generate(
+        engine,
+        tokens,
+        mask,
+        max_new_tokens=NEW.value,
+        stop=text.stop,
+        seed=SEED.value,
+        temperature=TEMPERATURE.value,
+        top_p=TOP_P.value,
+        show=printer.show,
+    )
+    printer.finish(result.tokens)
+    figures = decode.figures(engine, result)
+    cli.write_report("generate", "time", figures)
+    shown = {k: v for k, v in figures.items() if k != "tokens" and v is not None}
+    spelled = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    print(", ".join(spelled), file=sys.stderr)
+
+
+def check_flags() -> None:
+    """Refuses what can be refused before anything is read."""
+    check(bool(MODEL.value), "--model names a folder or a repository")
+    check(NEW.value >= 1, f"--max_new_tokens={NEW.value} must be at least 1")
+    check(TEMPERATURE.value >= 0, f"--temperature={TEMPERATURE.value} must not be negative")
+    check(0 < TOP_P.value <= 1, f"--top_p={TOP_P.value} must be above 0 and at most 1")
+    check(LANES.value >= 1, f"--prefetch_lanes={LANES.value} must be at least 1")
+    check_seed(SEED.value)
+    budget = parse_budget(BUDGET.value)
+    check(
+        PREDICTOR.value == "none" or budget is not None,
+        f"--predictor={PREDICTOR.value} wants a --device_budget: without one nothing is fetched",
+    )
+
+
+def read_prompts() -> list[str]:
+    """All of `--prompt`, and the text of `--prompt_file`."""
+    prompts = list(PROMPT.value)
+    if PROMPT_FILE.value is not None:
+        try:
+            prompts.append(pathlib.Path(PROMPT_FILE.value).read_text())
+        except UnicodeDecodeError as error:
+            raise InputError(f"--prompt_file={PROMPT_FILE.value} is not UTF-8 text") from error
+    check(bool(prompts), "nothing to go on from: give --prompt or --prompt_file")
+    return prompts
+
+
+def load_model(folder: pathlib.Path, prompts: list[list[int]]) -> LoadedModel:
+    """The weights, with a progress bar; the KV cache fits prompts and new tokens."""
+    columns = TextColumn("load"), BarColumn(), DownloadColumn()
+    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("load", total=None)
+        return load(
+            folder,
+            budget=None if BUDGET.value.strip().lower() == "none" else BUDGET.value,
+            dtype=DTYPE.value,
+            batch=len(prompts),
+            capacity=max(len(prompt) for prompt in prompts) + NEW.value,
+            lanes=LANES.value if PREDICTOR.value != "none" else 0,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def make(model: LoadedModel) -> Engine:
+    """The engine, with the prediction that was asked for."""
+    ahead = None
+    if PREDICTOR.value == "next_gate":
+        zero = model.cfg.moe.zero_experts
+        check(zero == 0, f"--predictor=next_gate does not serve {zero} experts without weights")
+        ahead = prediction.next_gate(model.params, model.cfg)
+    return make_engine(
+        model.params,
+        model.experts,
+        model.cfg,
+        model.mesh,
+        capacity=model.capacity,
+        offload=model.offload,
+        prediction=ahead,
+    )
+
+
+class Printer:
+    """Writes text as soon as its characters are whole; a batch is written at the end."""
+
+    def __init__(self, text: Text, *, stream: bool):
+        self.text, self.stream, self.shown = text, stream, ""
+
+    def show(self, tokens: list[list[int]]) -> None:
+        if not self.stream:
+            return
+        text = self.text.decode(tokens[0])
+        if not text.endswith("\ufffd"):
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+    def finish(self, tokens: list[list[int]]) -> None:
+        if self.stream:
+            print(self.text.decode(tokens[0])[len(self.shown) :])
+            return
+        for i, row in enumerate(tokens):
+            print(f"[{i}] {self.text.decode(row)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,75 @@
+"""What a decoder wants of a device besides its experts, and the cache that a budget leaves.
+
+Axis letters:
+    B  batch    S  positions    D  model dim    V  vocabulary    K  experts per token
+"""
+
+import jax
+from jax.sharding import Mesh
+
+from moejax.core.memory import nbytes
+from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.models.config import DecoderConfig
+from moejax.models.params import DecoderParams, init_cache
+from moejax.offload.budget import Footprint, solve_slots
+from moejax.offload.stage import OffloadConfig
+from moejax.offload.store import expert_bytes
+
+
+def footprint(
+    cfg: DecoderConfig,
+    params: DecoderParams,
+    experts: GatedWeights,
+    *,
+    ranks: int,
+    batch: int,
+    capacity: int,
+    lanes: int = 0,
+) -> Footprint:
+    """Device bytes of one rank besides slots; weights [Lm, E, ...] may be abstract.
+
+    Workspace is that of a prompt as long as `capacity`: rows sorted into the experts and back in
+    float32, and the logits.
+    """
+    kv = jax.eval_shape(lambda: init_cache(cfg, batch, capacity))
+    rows = batch * capacity
+    sorted_bytes = 4 * rows * cfg.moe.router.top_k * cfg.d_model * 4
+    return Footprint(
+        dense_bytes=nbytes(params),
+        kv_bytes=nbytes(kv),
+        workspace_bytes=sorted_bytes + rows * cfg.vocab_size * 4,
+        expert_bytes=expert_bytes(experts),
+        num_layers=cfg.num_moe_layers,
+        num_experts=cfg.moe.num_experts // ranks,
+        landing_experts=lanes + 1,
+    )
+
+
+def plan_offload(
+    budget: float | int | None,
+    cfg: DecoderConfig,
+    params: DecoderParams,
+    experts: GatedWeights,
+    mesh: Mesh,
+    *,
+    batch: int,
+    capacity: int,
+    lanes: int = 0,
+) -> OffloadConfig | None:
+    """The cache that fits `budget` (as `parse_budget` gives it); None, all experts, without one.
+
+    Raises `InputError` that says the smallest budget when it does not suffice.
+    """
+    if budget is None:
+        return None
+    wants = footprint(
+        cfg,
+        params,
+        experts,
+        ranks=mesh.shape["expert"],
+        batch=batch,
+        capacity=capacity,
+        lanes=lanes,
+    )
+    slots = solve_slots(budget, wants, min_slots=cfg.num_moe_layers)
+    return OffloadConfig(num_slots=slots, prefetch_lanes=lanes)

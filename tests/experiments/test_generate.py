@@ -1,0 +1,134 @@
+"""Text from a model folder: a batch is what its prompts give alone, and what transformers gives."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.generate_steps.text import Text, pad, read_text
+from moejax.core.errors import InputError
+from tests.interop.hf.cases import SHAPES
+from tests.interop.hf.models import Case, reference
+
+ROOT = pathlib.Path(__file__).parents[2]
+ENV = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
+NEW = 16
+
+
+@pytest.fixture(scope="module")
+def model():
+    """OLMoE, with a tokenizer whose text is its token ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    case = Case("olmoe", "plain", json.dumps(SHAPES["olmoe"]["plain"]))
+    want = reference(case, NEW)
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(64)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(want.folder / "tokenizer.json"))
+    return want
+
+
+def words(tokens):
+    return " ".join(map(str, tokens))
+
+
+def test_a_batch_under_a_budget_gives_what_transformers_gives(model, tmp_path):
+    args = [f"--prompt={words(model.prompts[0])}", f"--prompt_file={tmp_path}/prompt.txt"]
+    (tmp_path / "prompt.txt").write_text(words(model.prompts[1]))
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.generate", f"--model={model.folder}", *args,
+         f"--max_new_tokens={NEW}", "--device_budget=50%", "--predictor=next_gate",
+         "--prefetch_lanes=2", f"--json={tmp_path}/out.json"],
+        cwd=ROOT, env=ENV, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    np.testing.assert_array_equal(figures["tokens"], model.tokens)
+    assert done.stdout.splitlines() == [f"[{i}] {words(t)}" for i, t in enumerate(model.tokens)]
+    assert 0 < figures["hit_rate"] < 1 and figures["bytes_per_token"] > 0
+    assert figures["ttft_s"] > 0 and 0 < figures["fraction_of_bound"]
+
+
+def test_wrong_input_is_one_line(model, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "olmoe", "vocab_size": 64}')
+    cases = {
+        "": "--model names a folder or a repository",
+        f"--model={tmp_path}/none": "no such folder, and not like org/name",
+        f"--model={model.folder}": "nothing to go on from: give --prompt or --prompt_file",
+        f"--model={broken} --prompt=1": "has no tokenizer.json, and its 64 tokens are not bytes",
+        f"--model={model.folder} --prompt=1 --chat": "the checkpoint has no chat template",
+        f"--model={model.folder} --prompt=1 --max_new_tokens=0": "=0 must be at least 1",
+        f"--model={model.folder} --prompt=1 --top_p=0": "--top_p=0.0 must be above 0",
+        f"--model={model.folder} --prompt=1 --temperature=-1": "must not be negative",
+        f"--model={model.folder} --prompt=1 --predictor=next_gate": "wants a --device_budget",
+        f"--model={model.folder} --prompt=1 --device_budget=8XB": "'8XB' is not like 8GiB",
+        f"--model={model.folder} --prompt=1 --max_new_tokens=8 --device_budget=9KiB": "minimum is",
+        f"--model={model.folder} --prompt=1 --max_new_tokens=128": "129 positions exceed the 128",
+        f"--model={model.folder} --prompt_file={tmp_path}/none": "No such file",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.experiments.wrong_input_child", "experiments.generate"],
+        input=json.dumps([{"args": args.split(), "fault": None} for args in cases]),
+        cwd=ROOT, env=ENV, capture_output=True, text=True,
+    )  # fmt: skip
+    results = json.loads(done.stdout.splitlines()[-1])
+    for (args, message), result in zip(cases.items(), results, strict=True):
+        assert result["status"] == 2, (args, result)
+        lines = result["stderr"].strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result
+
+
+def test_chat_templates_run_in_a_sandbox():
+    text = Text(
+        template="{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        special={"bos_token": "<s>"},
+    )
+    assert text.chat("Hi {{ 1 }}") == "<s><user>Hi {{ 1 }}<assistant>"
+    refused = {
+        "{{ ''.__class__.__mro__ }}": "the template does not render",
+        "{% for %}": "the template does not render",
+        "{{ messages.append(1) }}": "the template does not render",
+        "{{ raise_exception('no users') }}": "the template refuses: no users",
+    }
+    for template, message in refused.items():
+        with pytest.raises(InputError, match=message):
+            Text(template=template).chat("Hi")
+
+
+def test_folders_of_tokenizers(tmp_path):
+    assert read_text(tmp_path, 256).decode(list("é!".encode())) == "é!"
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token": {"content": "<s>"},
+                "eos_token": "</s>",
+                "chat_template": [{"name": "default", "template": "{{ eos_token }}"}],
+            }
+        )
+    )
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    text = read_text(tmp_path, 256)
+    assert text.chat("Hi") == "</s>" and text.stop == {1, 2}
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}")
+    assert read_text(tmp_path, 256).encode("Hi", chat=True) == list(b"<s>")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="is no tokenizer"):
+        read_text(tmp_path, 256)
+
+
+def test_padding_is_on_the_right():
+    assert pad([[1, 2, 3], [4]], vocab_size=5) == (
+        [[1, 2, 3], [4, 0, 0]],
+        [[True, True, True], [True, False, False]],
+    )
+    with pytest.raises(InputError, match="a prompt without tokens"):
+        pad([[1], []], vocab_size=5)
+    with pytest.raises(InputError, match="token 7 of a prompt exceeds"):
+        pad([[7]], vocab_size=5)
