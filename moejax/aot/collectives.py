@@ -34,6 +34,7 @@ class Collective:
     is_async: bool
     computation: str
     scope: str
+    line: str  # the text that names its groups or pairs
 
 
 def collectives(module: Module, mesh: Mesh) -> tuple[Collective, ...]:
@@ -43,21 +44,38 @@ def collectives(module: Module, mesh: Mesh) -> tuple[Collective, ...]:
         computation = module.computations[name]
         types = {instruction.name: instruction for instruction in computation}
         for instruction in computation:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS:
+            kind, inner = _collective_in(module, instruction)
+            if kind is None:
                 continue
             found.append(
                 Collective(
                     name=instruction.name,
                     kind=kind,
-                    axes=mesh_axes(instruction.line, mesh),
-                    nbytes=_payload(instruction, types),
+                    axes=mesh_axes(inner.line, mesh),
+                    nbytes=_payload(inner, types),
                     is_async=instruction.opcode.endswith("-start"),
                     computation=name,
                     scope=instruction.scope,
+                    line=inner.line,
                 )
             )
     return tuple(found)
+
+
+def _collective_in(module: Module, instruction: Instruction) -> tuple[str | None, Instruction]:
+    """Kind of an instruction that is a collective, or a fusion around one, and the collective.
+
+    XLA:TPU writes a reduce-scatter as a fusion of an all-reduce and a slice.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    if kind in KINDS:
+        return kind, instruction
+    if instruction.opcode == "fusion":
+        for name in instruction.called:
+            for one in module.computations.get(name, ()):
+                if one.opcode in KINDS:
+                    return "reduce-scatter" if one.opcode == "all-reduce" else one.opcode, one
+    return None, instruction
 
 
 def _payload(instruction: Instruction, types: dict[str, Instruction]) -> int:
@@ -65,7 +83,8 @@ def _payload(instruction: Instruction, types: dict[str, Instruction]) -> int:
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         result = tuple_elements(result)[1]  # (operands, results, context...)
     received = sum(array.nbytes for array in parse_arrays(result))
-    sent = sum(array.nbytes for name in instruction.operands for array in types[name].arrays)
+    known = (types[name] for name in instruction.operands if name in types)
+    sent = sum(array.nbytes for one in known for array in one.arrays)
     return max(received, sent)
 
 

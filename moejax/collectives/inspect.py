@@ -65,20 +65,15 @@ def inspect_collectives(module: Module, mesh: Mesh) -> Inspection:
     found = collectives(module, mesh)
     total: dict[tuple[str, str], Traffic] = {}
     for one in found:
-        for axis, moved in _wire(one, _instruction(module, one), mesh).items():
+        for axis, moved in _wire(one, mesh).items():
             key = one.kind, axis
             total[key] = total.get(key, Traffic()) + moved
     return Inspection(traffic=total, flights=_flights(module, found))
 
 
-def _instruction(module: Module, collective: Collective) -> Instruction:
-    computation = module.computations[collective.computation]
-    return next(one for one in computation if one.name == collective.name)
-
-
-def _wire(collective: Collective, instruction: Instruction, mesh: Mesh) -> dict[str, Traffic]:
+def _wire(collective: Collective, mesh: Mesh) -> dict[str, Traffic]:
     """Messages and bytes per axis of one collective."""
-    pairs, share = _pairs(collective.kind, instruction.line, mesh.size)
+    pairs, share = _pairs(collective.kind, collective.line, mesh.size)
     counts: dict[str, int] = {}
     for src, dst in pairs:
         axis = crossed_axis(src, dst, mesh.devices.shape)

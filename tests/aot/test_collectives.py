@@ -71,3 +71,25 @@ def test_pairs_and_groups_are_positions_in_the_mesh():
     assert device_pairs("replica_groups={{0,1}}") == []
     assert device_groups("replica_groups=[2,2]<=[2,2]T(1,0)", 4) == [[0, 2], [1, 3]]
     assert device_groups("replica_groups={}", 3) == [[0, 1, 2]]
+
+
+FUSED = """\
+HloModule jit_f, is_scheduled=true
+
+%all-reduce-scatter (input: f32[8,512]) -> f32[4,512] {
+  %input = f32[8,512]{1,0} parameter(0)
+  %sum = f32[8,512]{1,0} all-reduce(%input), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  ROOT %slice = f32[4,512]{1,0} dynamic-slice(%sum, %start, %zero), dynamic_slice_sizes={4,512}
+}
+
+ENTRY %main (x: f32[8,512]) -> f32[4,512] {
+  %x = f32[8,512]{1,0} parameter(0)
+  ROOT %fusion = f32[4,512]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+}
+"""  # noqa: E501
+
+
+def test_a_fused_reduce_scatter_of_tpu_is_found(mesh):
+    (one,) = collectives(parse_hlo(FUSED), mesh)
+    assert (one.name, one.kind, one.axes) == ("fusion", "reduce-scatter", ("model",))
+    assert one.nbytes == 8 * 512 * 4
