@@ -187,7 +187,23 @@ DISPATCH = [
     case("too few rounds", "--rounds=1", "--rounds=1: 1 is not integer >= 3"),
     case("json is a folder", "--json={out}", "cannot write {out}: it is a folder"),
 ]
+CALIBRATE = [
+    case("one rank", "", "--data_ranks=1 --expert_ranks=1 is one rank: nothing to calibrate"),
+    case("sizes", "--kib=64,x,1", "--kib=64,x,1 is not three positive whole numbers or more"),
+    case("experts", "--expert_ranks=3", "--num_experts=64 is not divisible by 3 ranks"),
+]
+AOT_DISPATCH = [
+    case("chunks", "--chunks=0", "--chunks=['0'] are not positive numbers"),
+    case("devices", "--targets=v5e:2x2", "--targets=v5e:2x2 has 4 devices, want 8"),
+    case("target", "--targets=v9", "target='v9' is not one of"),
+]
+DECODE = [
+    case("batch", "--batch=0", "--batch=0 is not a list of positive numbers"),
+    case("shape", "--shape=big", "shape 'big' is not one of"),
+]
 TRAIN = [
+    case("no calibration", "--calibration={files}/no", "cannot read calibration {files}/no"),
+    case("foreign calibration", "--calibration={files}/text/0.py", "is not the output of scripts"),
     sets("model.d_ff=0", "d_ff=0 must be at least 1"),
     sets("mesh.expert=0", "--set mesh.expert: mesh axis expert=0 must be at least 1"),
     sets("eval_batches=99999", "eval_batches=99999 of batch_size=8 want 799992"),
@@ -233,7 +249,10 @@ PROGRAMS = {
     "experiments.bench.offloaded_step": OFFLOADED_STEP,
     "experiments.bench.moe_layer": MOE_LAYER,
     "experiments.bench.dispatch": DISPATCH,
+    "experiments.bench.decode": DECODE,
+    "experiments.aot_dispatch": AOT_DISPATCH,
     "experiments.train": TRAIN,
+    "scripts.calibrate": CALIBRATE,
 }
 
 
