@@ -49,9 +49,10 @@ METHODS = flags.DEFINE_list("methods", None, "some of the methods; default: all"
 DATA = flags.DEFINE_string("data", None, "text file or folder; default: the standard library")
 PLOT = flags.DEFINE_string("plot", None, "where to write the losses over bytes, as PNG")
 WORKERS, AXES, PERIOD = 8, ("data",), 8
+LEARNING_RATE = 4e-3
 TOPK_SHARE, TOPK_BLOCK, THRESHOLD, EXACT_EVERY = 50, 1000, 1e-3, 8
 MODEL = ModelConfig(
-    num_layers=4,
+    num_layers=2,
     d_model=64,
     d_ff=64,
     num_experts=8,
@@ -166,7 +167,9 @@ def main() -> None:
     for name in names:
         check(name in known, f"--methods: {name!r} is not one of {list(known)}")
     corpus = load_corpus(TextConfig(path=DATA.value) if DATA.value else TextConfig())
-    cfg = TrainConfig(batch_size=WORKERS, seq_len=64, horizon_steps=STEPS.value)
+    cfg = TrainConfig(
+        batch_size=WORKERS, seq_len=64, horizon_steps=STEPS.value, learning_rate=LEARNING_RATE
+    )
     results = {}
     for name in track(names, description="training", transient=True):
         results[name] = run_method(known[name](), model, corpus, cfg, SEEDS.value)
