@@ -3,7 +3,8 @@
 # parity runs. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/venv.sh requirements-dev.txt
+# Parity is against transformers on torch, which is installed first.
+source scripts/venv.sh requirements-dev.txt requirements-parity.txt
 export JAX_PLATFORMS=cpu
 # Eight CPU devices on two cores can deadlock in collectives unless the thread pool is larger.
 export NPROC=16
