@@ -51,6 +51,7 @@ COVERED_ELSEWHERE = {
 }
 # Test files without a module of their own, and what they test.
 NOT_A_MODULE = {
+    "interop/hf/test_peak_memory.py": "interop/hf/load.py: host memory of a large model",
     "interop/hf/test_parity.py": "interop/hf: every architecture against transformers",
     "aot/test_aot_report.py": "experiments/aot_report.py: compile-only checks",
     "training/test_checkpoint_meshes.py": "training/sharding.py and checkpoint/manager.py together",

@@ -159,12 +159,10 @@ def _fill(target: Any, plan: list[Piece], tensors: dict[str, Tensor], where: str
     for piece in plan:
         tensor = tensors[piece.name]
         check_size(piece, tensor.shape, where)
-        array = tensor.read(piece.row)
-        if np.isnan(array).any():
+        count, is_nan = _put(piece, tensor, buffers)
+        done += count
+        if is_nan:
             with_nan.append(piece.name)
-        shapes = [target.shape for target in piece.targets]
-        for part, to in zip(piece.how.load(array, shapes), piece.targets, strict=True):
-            done += buffers[to.leaf].put(to.index, part)
         if progress:
             progress(done, total)
     if with_nan:
@@ -173,3 +171,16 @@ def _fill(target: Any, plan: list[Piece], tensors: dict[str, Tensor], where: str
     # Leaves come in the order of the tree.
     leaves = [buffers[name].finish() for name in list(buffers)]
     return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def _put(piece: Piece, tensor: Tensor, buffers: dict[str, Buffers]) -> tuple[int, bool]:
+    """Reads one piece into its buffers; its bytes there, and whether it holds NaN.
+
+    A function of its own, so that nothing of a tensor outlives it.
+    """
+    array = tensor.read(piece.row)
+    arrays = piece.how.load(array, [to.shape for to in piece.targets])
+    parts = zip(arrays, piece.targets, strict=True)
+    count = sum(buffers[to.leaf].put(to.index, part) for part, to in parts)
+    with np.errstate(invalid="ignore"):
+        return count, bool(np.isnan(array.max(initial=0)))

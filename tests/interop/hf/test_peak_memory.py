@@ -1,0 +1,69 @@
+"""Loading two gigabytes: host memory peaks at the target and two of its largest tensors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moejax.interop.hf.tensors import Writer, open_folder
+from tests.interop.hf.cases import SHAPES
+from tests.interop.hf.models import Case, write_model
+
+D, F, E, L, V = 1024, 4096, 8, 10, 4096
+MODEL = dict(
+    model_type="mixtral",
+    hidden_size=D,
+    intermediate_size=F,
+    num_local_experts=E,
+    num_experts_per_tok=2,
+    num_hidden_layers=L,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=V,
+    max_position_embeddings=4096,
+    dtype="bfloat16",
+)
+
+
+def shapes():
+    yield from {"model.embed_tokens.weight": (V, D), "lm_head.weight": (V, D)}.items()
+    yield "model.norm.weight", (D,)
+    for layer in range(L):
+        at = f"model.layers.{layer}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{at}{name}.weight", (D,)
+        for name, out in (("q", D), ("k", D // 4), ("v", D // 4), ("o", D)):
+            yield f"{at}self_attn.{name}_proj.weight", (out, D)
+        yield f"{at}block_sparse_moe.gate.weight", (E, D)
+        for e in range(E):
+            for name, shape in (("w1", (F, D)), ("w2", (D, F)), ("w3", (F, D))):
+                yield f"{at}block_sparse_moe.experts.{e}.{name}.weight", shape
+
+
+@pytest.mark.full
+def test_peak_host_memory(tmp_path):
+    names = [name for name, _ in shapes()]
+    noise = np.random.default_rng(0).normal(size=F * D).astype(ml_dtypes.bfloat16)
+    writer = Writer(tmp_path / "model.safetensors", names)
+    for name, shape in shapes():
+        writer.add(name, noise[: np.prod(shape)].reshape(shape))
+    writer.close()
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    largest = max(stored.nbytes for stored in open_folder(tmp_path).values())
+    small = tmp_path / "small"
+    write_model(Case("mixtral", "small", json.dumps(SHAPES["mixtral"]["plain"])), small)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interop.hf.peak_child", str(tmp_path), str(small)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    print(figures, largest)
+    assert figures["target"] > 2 * 10**9
+    assert figures["peak"] <= figures["target"] + 2 * largest
