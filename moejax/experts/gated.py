@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from moejax.core.structs import Routing
 from moejax.kernels.grouped_ffn import GatedWeights, hidden_fn
+from moejax.kernels.quantized import dequantize_tree
 
 
 def init_experts(
@@ -42,7 +43,11 @@ def init_experts(
 
 
 def gated_mlp(weights: GatedWeights, x: jax.Array) -> jax.Array:
-    """`hidden(x w_gate, x w_up) w_down` of one expert (no leading axis) on x [..., D]."""
+    """`hidden(x w_gate, x w_up) w_down` of one expert (no leading axis) on x [..., D].
+
+    Quantised matrices are rounded to the dtype of x.
+    """
+    weights = dequantize_tree(weights, x.dtype)
     gate = _biased(x @ weights.w_gate, weights.b_gate)
     up = _biased(x @ weights.w_up, weights.b_up)
     hidden = hidden_fn(weights.activation)(gate, up)

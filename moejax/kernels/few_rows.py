@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax.kernels.rows import read_row, to_bits, widen
+from moejax.kernels.quantized import Matrix, Quantized, decode, values_per_word
+from moejax.kernels.rows import read_part, read_row, to_bits, widen
 
 # From this many rows the copy pays for itself; measured, docs/kernels.md.
 _MAX_ROWS = 3
@@ -24,17 +25,22 @@ _MAX_ROWS = 3
 _TERMS = 8
 
 
-def matmul_row(x: jax.Array, stack: jax.Array, row: jax.Array) -> jax.Array:
+def matmul_row(x: jax.Array, stack: Matrix, row: jax.Array) -> jax.Array:
     """`x @ stack[row]` in float32: [M, A] float32 and [R, A, B] -> [M, B].
 
-    The stack is float32, bfloat16 or its bits. Forward only. The way of summing depends on the
-    shapes and the platform alone, so equal rows give equal bits wherever the matrix lies.
+    The stack is float32, bfloat16 or its bits, or quantised. Forward only. The way of summing
+    depends on shapes, format and platform alone, so equal rows give equal bits wherever the matrix
+    lies.
     """
 
     def general(x, stack, row):
         return x @ read_row(stack, row)
 
-    if x.shape[0] > _MAX_ROWS or stack.shape[1] % _TERMS:
+    if x.shape[0] > _MAX_ROWS:
+        return general(x, stack, row)
+    if isinstance(stack, Quantized):
+        return lax.platform_dependent(x, stack, row, cpu=_scaled_words, default=general)
+    if stack.shape[1] % _TERMS:
         return general(x, stack, row)
     return lax.platform_dependent(x, stack, row, cpu=_scaled_rows, default=general)
 
@@ -54,5 +60,26 @@ def _scaled_rows(x: jax.Array, stack: jax.Array, row: jax.Array) -> jax.Array:
 
     def product(m):
         return ones @ functools.reduce(jnp.add, [term(m, j) for j in range(_TERMS)])
+
+    return jnp.concatenate([product(m) for m in range(x.shape[0])])
+
+
+def _scaled_words(x: jax.Array, stack: Quantized, row: jax.Array) -> jax.Array:
+    """Values that share words are the terms of a sum; a group's scale multiplies its sums once."""
+    scale, parts = read_part(stack.scale, row), values_per_word(stack.format)
+    groups, outer = scale.shape
+    words = stack.q.reshape(stack.q.shape[0], groups, -1, outer)  # [R, A / G, G / P, B]
+    height = words.shape[2]
+    rows = x.reshape(x.shape[0], groups, parts, height)
+    ones = jnp.ones((1, groups * height), jnp.float32)
+
+    def term(m, p):
+        size = (1, groups, height, outer)
+        word_rows = lax.dynamic_slice(words, (row, 0, 0, 0), size)[0]
+        return rows[m, :, p, :, None] * decode(word_rows, p, stack.format)  # [A / G, G / P, B]
+
+    def product(m):
+        total = functools.reduce(jnp.add, [term(m, p) for p in range(parts)])
+        return ones @ (total * scale[:, None]).reshape(groups * height, outer)
 
     return jnp.concatenate([product(m) for m in range(x.shape[0])])

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax.kernels.quantized import Matrix, Quantized, dequantize
+
 
 def window(rows: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """`rows[start : start + size]` of [M, D] for a traced `start`."""
@@ -46,21 +48,30 @@ def widen(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def read_row(stack: jax.Array, row: jax.Array) -> jax.Array:
+def read_row(stack: Matrix, row: jax.Array) -> jax.Array:
     """`stack[row]` [A, B] in float32, of a stack [R, A, B] of float32, bfloat16 or its bits.
+
+    Of a quantised stack the row alone is dequantised.
 
     XLA:CPU has no bfloat16 slice: it converts the whole stack to float32 and hoists that out of
     the enclosing loop, 40 times slower at one token. Hence the bits are read as integers, and the
     barrier ties the stack to `row`, which the loop changes, so that nothing of it is hoisted.
     """
+    if isinstance(stack, Quantized):
+        return dequantize(jax.tree.map(lambda leaf: read_part(leaf, row), stack))
     if stack.dtype == jnp.float32:
-        return lax.dynamic_index_in_dim(stack, row, 0, keepdims=False)
+        return read_part(stack, row)
     if stack.dtype == jnp.bfloat16:
         stack, row = lax.optimization_barrier((stack, row))
-    return widen(lax.dynamic_index_in_dim(to_bits(stack), row, 0, keepdims=False))
+    return widen(read_part(to_bits(stack), row))
 
 
-def refuse_dtypes(**arrays: jax.Array) -> None:
+def read_part(stack: jax.Array, row: jax.Array) -> jax.Array:
+    """`stack[row]` for a traced `row`, in the dtype of the stack."""
+    return lax.dynamic_index_in_dim(stack, row, 0, keepdims=False)
+
+
+def refuse_dtypes(**arrays: Matrix) -> None:
     """Raises `NotImplementedError` unless every named array is float32 or bfloat16."""
     for name, array in arrays.items():
         if array.dtype not in (jnp.float32, jnp.bfloat16):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax.core.errors import check
 from moejax.kernels.chunks import (
     ChunkPlan,
     fold_groups,
@@ -33,6 +34,7 @@ from moejax.kernels.grouped_ffn.weights import (
     check_shapes,
     hidden_fn,
 )
+from moejax.kernels.quantized import is_quantized
 from moejax.kernels.rows import (
     dot_nt,
     dot_tn,
@@ -62,8 +64,9 @@ def run_chunks(
 
     `xs` and `y` are [M + S, D]: sorted rows and S rows of padding. `group_rows` (int32 [G]) says
     which row of the weight stack serves a group. Weights are float32, bfloat16, or uint16 that
-    holds the bits of bfloat16 (`rows.to_bits`: what a loop on CPU can write to in place). They may
-    be the carry of an outer loop: they are only read, row by row. Sums are in float32.
+    holds the bits of bfloat16 (`rows.to_bits`: what a loop on CPU can write to in place), or
+    quantised. They may be the carry of an outer loop: they are only read, row by row. Sums are in
+    float32.
 
     A chunk writes S rows; those that are not its own hold rubbish until the next chunk, so chunks
     must be run in order, and `zero_tail` called after the last chunk of all. Cost: each chunk
@@ -83,8 +86,8 @@ def grouped_ffn(
 ) -> jax.Array:
     """`xs` [M, D] sorted by group -> [M, D]; rows past `sum(group_sizes)` are zero.
 
-    Differentiable in `xs` and `weights`. The gradient keeps gate and up rows, 2 * M * F in the
-    dtype of `xs`. `sizes` overrides `pick_sizes(M)`.
+    Differentiable in `xs` and `weights`, unless these are quantised. The gradient keeps gate and up
+    rows, 2 * M * F in the dtype of `xs`. `sizes` overrides `pick_sizes(M)`.
     """
     check_shapes(xs, weights, group_sizes, group_rows)
     refuse_dtypes(xs=xs, w_gate=weights.w_gate, w_up=weights.w_up, w_down=weights.w_down)
@@ -144,6 +147,7 @@ def _add_row(rows, biases, row):
 
 
 def _grouped_ffn_fwd(xs, weights, group_sizes, group_rows, sizes):
+    check(not is_quantized(weights), "quantised experts have no gradient; dequantise them to train")
     y, kept = _forward(xs, weights, group_sizes, group_rows, sizes, keep=True)
     return y, (xs, weights, group_sizes, group_rows, *kept)
 

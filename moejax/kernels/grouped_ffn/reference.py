@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moejax.kernels.grouped_ffn.weights import GatedWeights, check_shapes, hidden_fn
+from moejax.kernels.quantized import dequantize_tree
 from moejax.kernels.vma import vary_together
 
 
@@ -34,7 +35,8 @@ def grouped_ffn(
     def add_group(y: jax.Array, group: tuple) -> tuple[jax.Array, None]:
         start, end, index = group
         own = (row >= start) & (row < end)  # [M, 1]
-        w = jax.tree.map(lambda leaf: leaf[index].astype(jnp.float32), weights)
+        w = dequantize_tree(jax.tree.map(lambda leaf: leaf[index], weights), jnp.float32)
+        w = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), w)
         x = jnp.where(own, xs.astype(jnp.float32), 0)
         with jax.default_matmul_precision("highest"):
             out = hidden(_add(x @ w.w_gate, w.b_gate), _add(x @ w.w_up, w.b_up)) @ w.w_down

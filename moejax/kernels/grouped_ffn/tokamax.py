@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from moejax.kernels.grouped_ffn.weights import GatedWeights, check_shapes, hidden_fn
 from moejax.kernels.grouped_matmul.tokamax import grouped_matmul
+from moejax.kernels.quantized import is_quantized
 
 
 def grouped_ffn(
@@ -19,6 +20,8 @@ def grouped_ffn(
     hidden_of = hidden_fn(weights.activation)
     if group_rows is not None:
         raise NotImplementedError("tokamax.ragged_dot has no group_rows")
+    if is_quantized(weights):
+        raise NotImplementedError("tokamax.ragged_dot does not read our words of quantised values")
     if weights.b_gate is not None:
         raise NotImplementedError("tokamax.ragged_dot has no biases")
     gate = grouped_matmul(xs, weights.w_gate, group_sizes, preferred_element_type=jnp.float32)

@@ -35,8 +35,9 @@ _HIDDEN: dict[str, Hidden] = {
 class GatedWeights:
     """`hidden(x @ w_gate + b_gate, x @ w_up + b_up) @ w_down + b_down` for every row of the stack.
 
-    Biases are all there or all None. `activation` names `hidden`: the weights know what they were
-    trained for, so that every way of serving them agrees.
+    Matrices may be `kernels.quantized.Quantized` in place of arrays. Biases are all there or all
+    None. `activation` names `hidden`: the weights know what they were trained for, so that every
+    way of serving them agrees.
     """
 
     w_gate: jax.Array  # [R, D, F]
