@@ -55,7 +55,8 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors in turn but the first `skip`; rows of one tensor are neighbours in `plan`."""
     names = list(dict.fromkeys(piece.name for piece in plan))
-    plan = [piece for piece in plan if piece.name not in set(names[:skip])]
+    done = set(names[:skip])
+    plan = [piece for piece in plan if piece.name not in done]
     main = stored_dtype(Fields(model.hf_config))
     known = {str(dtype): dtype for dtype in DTYPES.values()}
     rows: list[np.ndarray] = []

@@ -37,6 +37,9 @@ from moejax.models.decoder import DecoderParams, init_decoder
 from moejax.models.experts import split_experts
 from moejax.models.restore import ExpertMemory
 
+OUT, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+# What older versions of libraries wrote beside the weights.
+IGNORED = (r".*\.rotary_emb\.inv_freq$",)
 Progress = Callable[[int, int], None]  # (bytes written, bytes of the target)
 
 
@@ -91,14 +94,20 @@ def load_folder(
     """
     folder = pathlib.Path(path)
     values = read_json(folder / "config.json")
-    fields, architecture = Fields(values), find_architecture(values, folder)
+    architecture, stored = find_architecture(values, folder), open_folder(folder)
+    # Libraries leave this field out where it has their default, which is not always the same.
+    fields = Fields({"tie_word_embeddings": OUT not in stored} | values)
     cfg = dataclasses.replace(architecture.read_config(fields), dtype=pick_dtype(fields, dtype))
-    stored = open_folder(folder)
     tensors = unpacked(stored, values.get("quantization_config"))
     target = abstract_model(cfg, mesh=mesh, expert_memory=expert_memory)
     plan = make_plan(architecture.rules(cfg), cfg, leaves_of(target), tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    ignored = (*architecture.ignored(cfg), *map(re.escape, architecture.placeholders(cfg)))
+    ignored = (*IGNORED, *architecture.ignored(cfg))
+    ignored = (*ignored, *map(re.escape, architecture.placeholders(cfg)))
+    if cfg.tie_embeddings and OUT in tensors:
+        same = np.array_equal(tensors[OUT].read(None), tensors[EMBED].read(None))
+        check(same, f"{folder}: embeddings are tied, but {OUT} differs from {EMBED}")
+        ignored = (*ignored, re.escape(OUT))
     unused = check_tensors(plan, shapes, ignored, str(folder))
     params, experts = _fill(target, plan, tensors, str(folder), progress)
     main = stored_dtype(fields)

@@ -136,6 +136,27 @@ def test_block_scaled_fp8(model, folder):
     assert "quantization_config" not in got.hf_config
 
 
+def test_tied_embeddings_may_be_stored_twice(folder, source):
+    """With or without the config's word for it; the copy must be the same."""
+
+    def tie(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    change_tensors(folder, tie)
+    change(folder, tie_word_embeddings=True)
+    tied = load_folder(folder, mesh=make_mesh())
+    assert tied.params.w_out is None and len(tied.unused) == 2
+    change(folder, tie_word_embeddings=...)
+    assert load_folder(folder, mesh=make_mesh()).params.w_out is not None
+    change_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    assert load_folder(folder, mesh=make_mesh()).params.w_out is None
+    other = shutil.copytree(source, folder.parent / "other")
+    change(other, tie_word_embeddings=True)
+    with pytest.raises(InputError, match="embeddings are tied, but lm_head.weight differs"):
+        load_folder(other, mesh=make_mesh())
+
+
 def test_weights_that_are_no_numbers_are_named(folder):
     change_tensors(folder, lambda tensors: tensors[GATE].__setitem__((0, 0), np.nan))
     with pytest.warns(UserWarning, match=f"1 tensors hold NaN: {GATE}"):
