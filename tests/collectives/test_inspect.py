@@ -1,7 +1,5 @@
 """Bytes that a compiled program moves are those that the schedule says, and overlap is seen."""
 
-from collections import Counter
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,6 +11,7 @@ from moejax.aot.hlo import parse_hlo
 from moejax.aot.targets import target_mesh
 from moejax.collectives import compose
 from moejax.collectives.builders import BUILDERS, shifted_round_trip
+from moejax.collectives.codecs import BlockQuant
 from moejax.collectives.inspect import inspect_collectives
 from moejax.collectives.lower import run_schedule
 from moejax.collectives.traffic import Traffic, traffic
@@ -37,35 +36,45 @@ def _permutes(schedule, chunk_bytes, copies=1):
     }
 
 
-def test_compiled_bytes_are_those_of_the_schedules():
-    """All builders in one program, each on numbers of its own, so that none is folded away."""
+def _all_builders(width):
+    """Their schedules, a function that runs all, and their bytes; inputs [8, width] per rank.
+
+    Each runs on numbers of its own, so that none is folded away.
+    """
     schedules = [b.build(GRID) for b in BUILDERS.values() if b.operation != "parity"]
     schedules.append(compose.with_combine(BUILDERS["ring_all_reduce"].build(GRID), "max"))
+    coded = BUILDERS["hierarchical_all_reduce"].build(GRID)
+    schedules.append(compose.with_codec(coded, BlockQuant(8, 16), "data"))
 
     def run(x):
-        inputs = (
-            (1.5 + i) * x[: len(one.start[0])]
-            if len(one.start[0]) <= 8
-            else jnp.tile(x, (2, 1)) * i
-            for i, one in enumerate(schedules)
-        )
-        return [run_schedule(one, rows)[0] for one, rows in zip(schedules, inputs, strict=True)]
+        twice = jnp.concatenate([x, x])
+        rows = (twice[: len(one.start[0])] for one in schedules)
+        inputs = ((1.5 + i) * row for i, row in enumerate(rows))
+        return [run_schedule(one, row)[0] for one, row in zip(schedules, inputs, strict=True)]
 
-    found = _compiled(run, 8)
-    want = Counter()
+    want = {axis: Traffic() for axis in GRID}
     for one in schedules:
-        for axis, moved in traffic(one, CHUNK).items():
-            want[axis, "messages"] += moved.messages
-            want[axis, "nbytes"] += moved.nbytes
-    got = {
-        (axis, name): getattr(moved, name)
-        for (kind, axis), moved in found.traffic.items()
-        for name in ("messages", "nbytes")
-        if kind == "collective-permute"
-    }
-    assert got == want and len(found.traffic) == 2
+        for axis, moved in traffic(one, 4 * width).items():
+            want[axis] += moved
+    return run, {("collective-permute", axis): moved for axis, moved in want.items()}
+
+
+def test_compiled_bytes_are_those_of_the_schedules():
+    run, want = _all_builders(3)
+    found = _compiled(run, 8)
+    assert found.traffic == want
     assert all(one.start == one.done for one in found.flights)  # XLA:CPU: all synchronous
     assert (found.max_in_flight, found.overlapped) == (0, ())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2"])
+def test_bytes_on_tpu_are_those_of_the_schedules(target):
+    mesh, spec = target_mesh(target, **GRID), P(tuple(GRID))
+    run, want = _all_builders(256)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=NamedSharding(mesh, spec))
+    assert inspect_collectives(compile_for(mapped, [x]).module, mesh).traffic == want
 
 
 def test_a_gradient_moves_the_same_bytes_again():

@@ -35,6 +35,7 @@ def test_bytes_are_as_many_times_fewer_as_is_said(known):
     assert 2 < fewer["CD-SGD"] == fewer["CD-SGD, no feedback"]
 
 
+@pytest.mark.full
 def test_a_method_trains(tmp_path):
     text = tmp_path / "text"
     text.mkdir()
