@@ -19,10 +19,12 @@ from moejax.core.errors import check
 from moejax.core.memory import device_sharding, fetch_rows, host_sharding, nbytes
 from moejax.core.mesh import check_divisible
 from moejax.experts.gated import gated_mlp, init_experts
+from moejax.experts.quantize import abstract_quantized
 from moejax.interop.hf.fields import Fields
 from moejax.interop.hf.registry import find_architecture
 from moejax.interop.hf.tensors import read_json
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.kernels.quantized import Format
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import DecoderConfig, moe_decoder
 from moejax.models.decoder import init_cache, init_decoder
@@ -61,12 +63,14 @@ class DecodeStep:
         expert_axis: devices that share the experts; the others of the target stay idle.
         device_budget: as `moejax.offload.budget` reads it, per device; `none` keeps all experts
             on the devices.
+        experts_dtype: what the experts are stored as, None for `dtype`.
         workspace_mib: part of the budget left for activations and the compiler's temporaries.
     """
 
     batch: int = 1
     capacity: int = 1024
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    experts_dtype: Format | None = None
     expert_axis: int = 1
     device_budget: str = "25%"
     workspace_mib: int = 64
@@ -112,6 +116,8 @@ class DecodeStep:
         params, experts = split_experts(
             jax.eval_shape(lambda: init_decoder(jax.random.key(0), cfg)), cfg
         )
+        if self.experts_dtype:
+            experts = abstract_quantized(experts, self.experts_dtype)
         footprint = self.footprint(params, experts, mesh.shape[AXIS])
         offload = self.offload(footprint)
         replicated, per_rank = device_sharding(mesh), device_sharding(mesh, P(AXIS))

@@ -44,7 +44,9 @@ def quantize_experts(experts: GatedWeights, format: Format) -> GatedWeights:
     dims that no word divides, weights that are not finite, or matrices that are cut over devices.
     Cost: some 10 ns per weight on one core, and the bytes of both until the caller drops `experts`.
     """
-    matrices: Any = {name: _quantize_stack(getattr(experts, name), format, name) for name in _MATRICES}
+    matrices: Any = {
+        name: _quantize_stack(getattr(experts, name), format, name) for name in _MATRICES
+    }
     return dataclasses.replace(experts, **matrices)
 
 
@@ -97,13 +99,13 @@ def _scales(grouped: np.ndarray, format: Format) -> np.ndarray:
 
 
 def _values(grouped: np.ndarray, scale: np.ndarray, format: Format) -> np.ndarray:
-    """The bits of `grouped / scale` in `format`, uint32 [A / G, G, B]."""
+    """The bits of `grouped / scale` in `format`, uint8 [A / G, G, B]."""
     steps = grouped / np.where(scale == 0, np.float32(1), scale)[:, None]
     if format == "fp8":
-        return steps.astype(jnp.float8_e4m3fn).view(np.uint8).astype(np.uint32)
+        return steps.astype(jnp.float8_e4m3fn).view(np.uint8)
     lowest = _lowest(format)
-    whole = np.clip(np.rint(steps), lowest, -lowest - 1).astype(np.int32)
-    return whole.view(np.uint32) & np.uint32(-2 * lowest - 1)
+    np.clip(np.rint(steps, out=steps), lowest, -lowest - 1, out=steps)
+    return steps.astype(np.int8).view(np.uint8) & np.uint8(-2 * lowest - 1)
 
 
 def _lowest(format: Format) -> int:
@@ -112,12 +114,12 @@ def _lowest(format: Format) -> int:
 
 
 def _pack(values: np.ndarray, per_word: int) -> np.ndarray:
-    """Values uint32 [A / G, G, B] below 2 ** (32 / P) to words int32 [A / G, G / P, B]."""
+    """Values uint8 [A / G, G, B] below 2 ** (32 / P) to words int32 [A / G, G / P, B]."""
     groups, _, columns = values.shape
     planes = values.reshape(groups, per_word, -1, columns)
-    words = planes[:, 0].copy()
-    for p in range(1, per_word):
-        words |= planes[:, p] << np.uint32(p * 32 // per_word)
+    words = np.zeros((groups, planes.shape[2], columns), np.uint32)
+    for p in range(per_word):
+        words |= np.left_shift(planes[:, p], np.uint32(p * 32 // per_word), dtype=np.uint32)
     return words.view(np.int32)
 
 
