@@ -92,7 +92,7 @@ class DecodeStep:
             workspace_bytes=self.workspace_mib * 2**20,
             expert_bytes=expert_bytes(experts),
             num_layers=cfg.num_moe_layers,
-            num_experts=cfg.moe.router.num_experts // ranks,
+            num_experts=cfg.moe.num_experts // ranks,
             landing_experts=self.prefetch_lanes + 1,
         )
 
@@ -112,7 +112,7 @@ class DecodeStep:
         """The step, donated session and all, over `expert_axis` devices of `mesh`."""
         cfg = self.model()
         _check_tiles(d_model=cfg.d_model, d_ff=cfg.moe.d_ff)
-        local_experts = check_divisible(cfg.moe.router.num_experts, mesh)
+        local_experts = check_divisible(cfg.moe.num_experts, mesh)
         params, experts = split_experts(
             jax.eval_shape(lambda: init_decoder(jax.random.key(0), cfg)), cfg
         )

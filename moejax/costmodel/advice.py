@@ -17,6 +17,8 @@ from moejax.costmodel.hierarchy import Choice, Level, choose_levels, level_rows,
 from moejax.costmodel.links import Link
 from moejax.costmodel.pipeline import LayerTimes, Operation, choose_chunks
 
+CHUNKS = (1, 2, 3, 4, 6, 8)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerShape:
@@ -28,6 +30,14 @@ class LayerShape:
     d_model: int
     d_ff: int
     value_bytes: int = 4
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            check(value >= 1, f"{name}={value} must be at least 1")
+        check(
+            self.top_k <= self.num_experts,
+            f"top_k={self.top_k} exceeds num_experts={self.num_experts}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +97,8 @@ def advise(found: Calibration, layer: LayerShape) -> Advice:
         alpha_s=3 * found.product.alpha_s, work_s=found.product.beta_s_per_byte * operations
     )
     times = LayerTimes(dispatch=dispatch, experts=experts, combine=dispatch)
-    num_chunks, seconds = choose_chunks(times)
+    divisors = [r for r in CHUNKS if layer.tokens % r == 0]
+    num_chunks, seconds = choose_chunks(times, divisors)
     return Advice(choice=choice, num_chunks=num_chunks, seconds_by_chunks=seconds)
 
 
@@ -99,19 +110,24 @@ def read_calibration(path: str | os.PathLike) -> Calibration:
     except OSError as error:
         raise InputError(f"cannot read calibration {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not the output of scripts.calibrate: no {error}") from error
+        what = str(error) if isinstance(error, InputError) else "its figures are not there"
+        raise InputError(f"{path} is not the output of scripts.calibrate: {what}") from error
 
 
 def _calibration(figures: Mapping[str, Any]) -> Calibration:
     alphas, betas = figures["alpha_s"], figures["beta_s_per_byte"]
 
     def link(name: str) -> Link:
-        return Link(alpha_s=float(alphas[name]), beta_s_per_byte=float(betas[name]))
+        alpha, beta = float(alphas[name]), float(betas[name])
+        good = 0 <= alpha < math.inf and 0 <= beta < math.inf
+        check(good, f"{name} costs alpha={alpha}, beta={beta}, not finite and >= 0")
+        return Link(alpha_s=alpha, beta_s_per_byte=beta)
 
     prefix = "all_to_all."
     levels = [name.removeprefix(prefix) for name in alphas if name.startswith(prefix)]
     sizes = {str(axis): int(size) for axis, size in figures["sizes"].items()}
-    check(len(levels) > 0 and len(sizes) > 0, "the calibration has no level")
+    check(len(levels) > 0 and len(sizes) > 0, "it has no level")
+    check(all(size >= 1 for size in sizes.values()), f"its mesh is {sizes}")
     return Calibration(
         sizes=sizes,
         exchange={tuple(level.split("+")): link(prefix + level) for level in levels},

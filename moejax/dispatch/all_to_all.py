@@ -74,7 +74,7 @@ def all_to_all(
     def stage(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
     ) -> tuple[jax.Array, Any, StageCounts]:
-        num_local, ranks = experts_per_rank(num_experts, axis), jax.lax.axis_size(axis)
+        num_local, ranks = experts_per_rank(num_experts, axis, weights), jax.lax.axis_size(axis)
         (tokens, top_k), model_dim = routing.topk_idx.shape, x.shape[1]
         size = slots_per_group(tokens, top_k, num_experts, ranks, capacity, per)
         with jax.named_scope("moe_dispatch"):

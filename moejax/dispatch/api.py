@@ -21,6 +21,7 @@ from moejax.dispatch.materialize import materialize
 from moejax.dispatch.pipelined import pipelined
 from moejax.dispatch.ragged import ragged
 from moejax.dispatch.ranks import axis_names
+from moejax.dispatch.slots import FITS_ALL, Capacity
 from moejax.experts.stage import Stage, resident
 
 TOKEN_CHOICE = ("top_k", "group_limited", "balanced_groups")
@@ -136,6 +137,7 @@ def make_dispatch(
     check_pair(name, gate)
     strategy = STRATEGIES[name]
     _check_options(name, options)
+    _check_values(options, num_experts=num_experts, num_chunks=num_chunks)
     check(num_chunks == 1 or gate in TOKEN_CHOICE, f"gate {gate!r} has no num_chunks={num_chunks}")
     if hooks is not None:
         options["inner"] = hook_inner(options.get("inner", resident), hooks)
@@ -157,6 +159,19 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
         optional = parameter.default is not parameter.empty
         given = optional or option == "num_experts" or option in options
         check(given, f"dispatch {name!r} wants {option}")
+
+
+def _check_values(options: dict[str, Any], **numbers: Any) -> None:
+    """Raises `InputError` for values of another kind than the options have."""
+    for option, value in numbers.items():
+        check(
+            isinstance(value, int) and value >= 1, f"{option}={value!r} is not a positive integer"
+        )
+    levels = options.get("levels", ())
+    check(isinstance(levels, tuple), f"levels={levels!r} is not a tuple of axes")
+    rooms = options.get("capacity", FITS_ALL)
+    for room in rooms if isinstance(rooms, tuple) else (rooms,):
+        check(isinstance(room, Capacity), f"capacity={room!r} is not a Capacity")
 
 
 def _gather_like(num_experts: int, options: dict[str, Any]) -> Stage:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import inspect
+import math
 from typing import Any
 
 from moejax.core.errors import check
 from moejax.costmodel.hierarchy import Level, candidate_levels
-from moejax.dispatch.api import STRATEGIES, make_dispatch
+from moejax.dispatch.api import STRATEGIES, TOKEN_CHOICE, make_dispatch
 from moejax.dispatch.slots import Capacity
 from moejax.experts.stage import Stage
 
@@ -34,8 +35,19 @@ class DispatchConfig:
     def __post_init__(self):
         known = sorted(name for name in STRATEGIES if self._places(name))
         check(self.strategy in known, f"strategy={self.strategy!r} is not one of {known}")
-        check(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor} must be positive")
+        check(
+            0 < self.capacity_factor < math.inf,
+            f"capacity_factor={self.capacity_factor} must be positive and finite",
+        )
         check(self.num_chunks >= 1, f"num_chunks={self.num_chunks} must be at least 1")
+        check(
+            self.num_levels is None or self.strategy == "hierarchical",
+            f"num_levels={self.num_levels} is of hierarchical, not of {self.strategy!r}",
+        )
+        check(
+            not self.fall_back or STRATEGIES[self.strategy].drops,
+            f"strategy={self.strategy!r} drops nothing, it needs no fall_back",
+        )
         most = len(self.axes)
         check(
             self.num_levels is None or 1 <= self.num_levels <= most,
@@ -74,6 +86,8 @@ class DispatchConfig:
     @staticmethod
     def _places(name: str) -> bool:
         """Whether these fields say all that the strategy wants."""
+        if not set(TOKEN_CHOICE) & set(STRATEGIES[name].gates):
+            return False
         names = inspect.signature(STRATEGIES[name].build).parameters
         required = {key for key, one in names.items() if one.default is one.empty}
         return required <= {"num_experts", "levels"} and ("levels" in names or "axis" in names)

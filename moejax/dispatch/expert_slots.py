@@ -62,7 +62,7 @@ def expert_slots(
         )
         ranks, num_local = 1, num_experts
         if axis is not None:
-            ranks, num_local = jax.lax.axis_size(axis), experts_per_rank(num_experts, axis)
+            ranks, num_local = jax.lax.axis_size(axis), experts_per_rank(num_experts, axis, weights)
 
         def cross(leaf: jax.Array) -> jax.Array:
             return leaf if axis is None else exchange(leaf, axis, lowering)

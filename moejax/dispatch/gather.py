@@ -46,7 +46,7 @@ def gather(
     def stage(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
     ) -> tuple[jax.Array, Any, StageCounts]:
-        num_local = experts_per_rank(num_experts, axis)
+        num_local = experts_per_rank(num_experts, axis, weights)
         run = partial(
             run_gathered,
             inner,

@@ -48,7 +48,7 @@ def grouped(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
     ) -> tuple[jax.Array, Any, StageCounts]:
         ranks, top_k = jax.lax.axis_size(axis), routing.topk_idx.shape[1]
-        num_local = experts_per_rank(num_experts, axis)
+        num_local = experts_per_rank(num_experts, axis, weights)
         check_groups(num_groups, top_k, ranks)
         run = partial(
             run_gathered,

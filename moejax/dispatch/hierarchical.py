@@ -142,7 +142,7 @@ def hierarchical(
     def stage(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
     ) -> tuple[jax.Array, Any, StageCounts]:
-        num_local = experts_per_rank(num_experts, axis)
+        num_local = experts_per_rank(num_experts, axis, weights)
         rows, arrived, sent = send(
             x,
             routing,

@@ -79,7 +79,7 @@ def materialize(
     def stage(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
     ) -> tuple[jax.Array, Any, StageCounts]:
-        experts_per_rank(num_experts, axis)
+        experts_per_rank(num_experts, axis, weights)
         # Every rank must agree on the ids, also across axes that experts are replicated over.
         ids = hottest(expert_load(routing, num_experts, token_axes), num_copies)
         copy = jnp.full((num_experts + 1,), num_copies, jnp.int32)

@@ -68,7 +68,7 @@ def ragged(
     def stage(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
     ) -> tuple[jax.Array, Any, StageCounts]:
-        num_local, ranks = experts_per_rank(num_experts, axis), jax.lax.axis_size(axis)
+        num_local, ranks = experts_per_rank(num_experts, axis, weights), jax.lax.axis_size(axis)
         tokens, top_k = routing.topk_idx.shape
         bound = ranks * tokens * min(top_k, num_local)
         rows = capacity.resolve(expected=tokens * top_k, bound=bound)

@@ -5,7 +5,7 @@ Axis letters:
 """
 
 import dataclasses
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,27 @@ def axis_names(axis: Axis) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else axis
 
 
-def experts_per_rank(num_experts: int, axis: Axis) -> int:
-    """E / R inside `shard_map`; raises `InputError` when they do not divide."""
+def experts_per_rank(num_experts: int, axis: Axis, weights: Any) -> int:
+    """E / R inside `shard_map`.
+
+    Raises `InputError` when they do not divide, when the axes are not in the order of the mesh (in
+    which arrays are split over them), and when the weights, where there are any, are of another
+    number of experts.
+    """
+    names, order = axis_names(axis), jax.sharding.get_abstract_mesh().axis_names
+    places = [order.index(name) for name in names if name in order]
+    check(places == sorted(places), f"axes {names} are not in the order of the mesh, {order}")
     ranks = jax.lax.axis_size(axis)
     check(
         num_experts % ranks == 0,
         f"num_experts={num_experts} is not divisible by the {ranks} ranks of axis {axis}",
     )
+    for leaf in jax.tree.leaves(weights):
+        check(
+            leaf.shape[0] * ranks == num_experts,
+            f"num_experts={num_experts} over {ranks} ranks, the weights hold {leaf.shape[0]} "
+            f"experts on each",
+        )
     return num_experts // ranks
 
 

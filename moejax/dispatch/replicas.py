@@ -67,11 +67,11 @@ def local_first(
 def least_tokens(
     topk_idx: jax.Array, placement: ExpertPlacement, *, ranks: int, axis: Axis | None = None
 ) -> jax.Array:
-    """Tokens of every copied expert poured to where the fewest are: loads level out exactly.
+    """Tokens of every copied expert poured to where the fewest are: loads level out.
 
     Experts with one copy are counted first; the others follow in ascending id, each spread over
-    its copies so that the ranks that hold them rise to one level. Cost: an all-gather of E counts,
-    a sort of T * K ids, a scan over E.
+    its copies so that the ranks that hold them, different ones, rise to one level. Cost: an
+    all-gather of E counts, a sort of T * K ids, a scan over E.
     """
     sizes = sort_by_group(topk_idx, placement.num_experts).group_sizes
     before, total = _over_ranks(sizes, axis)

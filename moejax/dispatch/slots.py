@@ -38,7 +38,10 @@ class Capacity:
             self.slots is None or self.factor is None,
             f"capacity has both slots={self.slots} and factor={self.factor}",
         )
-        check(self.slots is None or self.slots >= 1, f"capacity slots={self.slots} is below 1")
+        check(
+            self.slots is None or (isinstance(self.slots, int) and self.slots >= 1),
+            f"capacity slots={self.slots} is not a positive integer",
+        )
         check(
             self.factor is None or 0 < self.factor < math.inf,
             f"capacity factor={self.factor} is not a positive number",

@@ -40,8 +40,13 @@ def from_phys_to_log(
     Raises `InputError` when slots do not divide over the ranks, and for ids out of range, experts
     without a slot, and experts that are twice on a rank.
     """
-    slots = np.asarray(phys_to_log, np.int32)
-    check(slots.ndim in (1, 2), f"phys_to_log has shape {slots.shape}, expected [P] or [L, P]")
+    slots = np.asarray(phys_to_log)
+    check(
+        slots.ndim in (1, 2) and slots.size > 0,
+        f"phys_to_log has shape {slots.shape}, expected [P] or [L, P]",
+    )
+    check(np.issubdtype(slots.dtype, np.integer), f"phys_to_log is {slots.dtype}, not integers")
+    slots = slots.astype(np.int32)
     num_slots = slots.shape[-1]
     check(
         ranks >= 1 and num_slots % ranks == 0 and num_slots > 0,
@@ -71,7 +76,8 @@ def swapped(placement: ExpertPlacement, layers: Any, a: Any, b: Any) -> ExpertPl
     `layers` is ignored where all layers share one placement.
     """
     slots = np.array(placement.phys_to_log)
-    for layer, one, other in zip(*np.broadcast_arrays(layers, a, b), strict=True):
+    pairs = np.broadcast_arrays(*map(np.atleast_1d, (layers, a, b)))
+    for layer, one, other in zip(*pairs, strict=True):
         row = slots if slots.ndim == 1 else slots[layer]
         row[[one, other]] = row[[other, one]]
     return from_phys_to_log(slots, num_experts=placement.num_experts, ranks=1, twice_on_rank=True)

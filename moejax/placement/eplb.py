@@ -75,6 +75,12 @@ def rebalance(
     """
     weights = np.asarray(weights, np.float64)
     check(weights.ndim == 2, f"weights have shape {weights.shape}, expected [L, E]")
+    check(
+        bool((weights >= 0).all() and np.isfinite(weights).all()), "loads are not all finite >= 0"
+    )
+    sizes = dict(num_slots=num_slots, num_ranks=num_ranks, num_groups=num_groups)
+    for name, size in (sizes | dict(num_nodes=num_nodes)).items():
+        check(size >= 1, f"{name}={size} must be at least 1")
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
     num_experts = weights.shape[1]

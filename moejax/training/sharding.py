@@ -48,7 +48,7 @@ DIMS = {
 
 def check_mesh(mesh: Mesh, model: DecoderConfig, cfg: TrainConfig) -> None:
     """Raises `InputError` where something does not divide over the mesh."""
-    experts, axes = model.moe.router.num_experts, cfg.dispatch.axes
+    experts, axes = model.moe.num_experts, cfg.dispatch.axes
     expert_ranks = math.prod(mesh.shape[axis] for axis in axes)
     check(
         experts % expert_ranks == 0,
@@ -68,6 +68,11 @@ def check_mesh(mesh: Mesh, model: DecoderConfig, cfg: TrainConfig) -> None:
         sizes["shared_d_ff"] = group.moe.shared_d_ff if group.moe else 0
         for name, size in sizes.items():
             check(size % model_ranks == 0, f"{name}={size} is not divisible by model={model_ranks}")
+    tokens = cfg.batch_size // ranks * cfg.seq_len
+    check(
+        tokens % cfg.dispatch.num_chunks == 0,
+        f"{tokens} tokens of a rank are not divisible by num_chunks={cfg.dispatch.num_chunks}",
+    )
     if cfg.fully_sharded:
         check(
             model.d_model % ranks == 0,
@@ -170,7 +175,7 @@ def sharded_loss(
         train_loss,
         model=model,
         cfg=cfg,
-        stage=cfg.dispatch.stage(router.num_experts, router.gate, TOKEN_AXES),
+        stage=cfg.dispatch.stage(model.moe.num_experts, router.gate, TOKEN_AXES),
         parallel=Parallel(token_axes=TOKEN_AXES, model_axis="model", **whole),
     )
     if cfg.fully_sharded:

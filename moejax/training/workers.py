@@ -134,7 +134,7 @@ def make_worker_step(
         train_loss,
         model=model,
         cfg=cfg,
-        stage=cfg.dispatch.stage(router.num_experts, router.gate, ("expert",)),
+        stage=cfg.dispatch.stage(model.moe.num_experts, router.gate, ("expert",)),
         parallel=Parallel(token_axes=("expert",), model_axis="model"),
     )
 

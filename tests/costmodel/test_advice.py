@@ -1,5 +1,6 @@
 """From measured links to a dispatch."""
 
+import dataclasses
 import json
 
 import pytest
@@ -39,6 +40,17 @@ def test_long_products_hide_links_in_chunks_and_start_ups_forbid_them():
     )
 
 
+def test_chunks_divide_the_tokens_and_layers_are_possible():
+    link, product = (
+        Link(alpha_s=0.0, beta_s_per_byte=1e-9),
+        Link(alpha_s=0.0, beta_s_per_byte=5e-12),
+    )
+    odd = dataclasses.replace(LAYER, tokens=1025)
+    assert list(advise(calibration(link, link, product), odd).seconds_by_chunks) == [1]
+    with pytest.raises(InputError, match="top_k=65 exceeds num_experts=64"):
+        dataclasses.replace(LAYER, top_k=65)
+
+
 def test_reads_what_calibrate_writes_and_nothing_else(tmp_path):
     names = ["all_to_all.data", "all_to_all.data+expert", "all_to_all.expert", "product"]
     figures = {
@@ -54,5 +66,9 @@ def test_reads_what_calibrate_writes_and_nothing_else(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=r"calibration.json is not the output"):
             read_calibration(path)
+    figures["alpha_s"]["product"] = float("nan")
+    path.write_text(json.dumps({"figures": figures}))
+    with pytest.raises(InputError, match="product costs alpha=nan"):
+        read_calibration(path)
     with pytest.raises(InputError, match="cannot read calibration .*: No such file"):
         read_calibration(tmp_path / "absent")

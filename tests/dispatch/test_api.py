@@ -63,22 +63,57 @@ def test_the_docs_hold_the_table():
         assert want in rows, want
 
 
-X_MOE = RouterConfig(num_experts=E, top_k=2, projection_dim=3, correction_bias=True)
-MOGE = RouterConfig(
-    num_experts=E, top_k=4, num_groups=4, group_choice="balanced", correction_bias=True
-)
+SIGMOID = {"score": "sigmoid", "correction_bias": True}
+ROUTERS = {
+    "top_k": RouterConfig(num_experts=E, top_k=2, **SIGMOID),
+    "x_moe": RouterConfig(num_experts=E, top_k=2, projection_dim=3, correction_bias=True),
+    "group_limited": RouterConfig(
+        num_experts=E, top_k=2, num_groups=4, top_groups=2, group_score="top2_sum", **SIGMOID
+    ),
+    "balanced_groups": RouterConfig(
+        num_experts=E, top_k=4, num_groups=4, group_choice="balanced", correction_bias=True
+    ),
+}
+STRATEGY_OPTIONS: dict[str, dict[str, Any]] = {
+    "gather": {},
+    "all_to_all": {"capacity": FITS_ALL},
+    "ragged": {"capacity": FITS_ALL},
+    "hierarchical": {},
+    "materialize": {"num_copies": E},
+    "grouped": {"num_groups": 4},
+}
+# Every strategy and every gate at least once; the other pairs with --full.
+BY_DEFAULT = {
+    ("all_to_all", "x_moe"),
+    ("ragged", "group_limited"),
+    ("hierarchical", "top_k"),
+    ("materialize", "balanced_groups"),
+    ("grouped", "balanced_groups"),
+    ("gather", "group_limited"),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "where", "router"),
-    [
-        ("all_to_all", {"capacity": FITS_ALL}, layout(1, 8), X_MOE),
-        ("grouped", {"num_groups": 4}, layout(2, 4, axis_type="explicit"), MOGE),
-    ],
-)
-def test_gates_equal_the_dense_reference(name, options, where, router):
-    """Values and gradients of X-MoE and MoGE, gate weights included, with padding, idle experts."""
-    options = {**options, "gate": router.gate, "token_axes": where.token_axes}
+def pairs():
+    """All valid pairs of token-choice gates, the mesh and its kind of axes changing in turn."""
+    meshes = [(1, 8, "auto"), (2, 4, "explicit"), (2, 4, "auto"), (1, 8, "explicit")]
+    valid = [
+        (name, gate)
+        for name in STRATEGY_OPTIONS
+        for gate, router in ROUTERS.items()
+        if router.gate in STRATEGIES[name].gates
+    ]
+    for i, (name, gate) in enumerate(valid):
+        marks = () if (name, gate) in BY_DEFAULT else pytest.mark.full
+        # MoGE's groups are the ranks that its experts lie on.
+        mesh = (2, 4, meshes[i % 4][2]) if name == "grouped" else meshes[i % 4]
+        yield pytest.param(name, gate, mesh, marks=marks, id=f"{name}-{gate}")
+
+
+@pytest.mark.parametrize(("name", "gate", "mesh"), list(pairs()))
+def test_gates_equal_the_dense_reference(name, gate, mesh):
+    """Values and gradients, gate weights included, with padding and idle experts."""
+    where, router = layout(mesh[0], mesh[1], axis_type=mesh[2]), ROUTERS[gate]
+    options = STRATEGY_OPTIONS[name] | {"gate": router.gate, "token_axes": where.token_axes}
     stage = make_dispatch(name, num_experts=E, inner=reference, **options)
     cfg = MoEConfig(d_ff=4, router=router)
     init = partial(init_moe, cfg=cfg, d_model=D, out_scale=1.0, dtype=jnp.float32)
@@ -107,7 +142,10 @@ def test_names_and_options():
         ({"name": "grouped", "gate": "balanced_groups"}, "'grouped' wants num_groups"),
         ({"name": "materialize"}, "'materialize' wants num_copies"),
         ({"name": "gather", "fall_back": True}, "'gather' drops nothing"),
-        ({"name": "gather", "num_chunks": 0}, "num_chunks=0 must be at least 1"),
+        ({"name": "gather", "num_chunks": 0}, "num_chunks=0 is not a positive integer"),
+        ({"name": "gather", "num_chunks": 2.0}, "num_chunks=2.0 is not a positive integer"),
+        ({"name": "all_to_all", "capacity": 1.25}, "capacity=1.25 is not a Capacity"),
+        ({"name": "hierarchical", "levels": "expert"}, "levels='expert' is not a tuple of axes"),
         ({"name": "local", "token_axes": ("data",)}, "local serves tokens of one rank"),
         ({"name": "slots", "gate": "soft", "num_chunks": 2}, "gate 'soft' has no num_chunks=2"),
         ({"name": "slots", "gate": "soft", "fall_back": True}, "'slots' drops nothing"),

@@ -37,4 +37,8 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(InputError, match="does not go with gate 'soft'"):
         DispatchConfig().stage(8, "soft", AXES)
     with pytest.raises(InputError, match="'gather' drops nothing, it needs no fall_back"):
-        DispatchConfig(fall_back=True).stage(8, "top_k", AXES)
+        DispatchConfig(fall_back=True)
+    with pytest.raises(InputError, match="strategy='slots' is not one of"):
+        DispatchConfig(strategy="slots")  # its gates are not causal
+    with pytest.raises(InputError, match="num_levels=1 is of hierarchical, not of 'gather'"):
+        DispatchConfig(num_levels=1)

@@ -59,7 +59,7 @@ def test_capacities():
     assert Capacity(factor=1.5).resolve(expected=3.0, bound=64) == 5
     for wrong, message in [
         ({"slots": 2, "factor": 1.0}, "both slots=2 and factor=1.0"),
-        ({"slots": 0}, "slots=0 is below 1"),
+        ({"slots": 0}, "slots=0 is not a positive integer"),
         ({"factor": 0.0}, "factor=0.0 is not a positive number"),
     ]:
         with pytest.raises(InputError, match=message):

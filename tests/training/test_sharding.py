@@ -21,7 +21,10 @@ from tests.training.helpers import text_bytes, tiny_model, tiny_train
 
 # Eight rows in all: an expert's rows come in one size, which compiles in a fraction of the time.
 EXPERTS = MoEConfig(
-    d_ff=8, shared_d_ff=4, router=RouterConfig(num_experts=4, top_k=1, renormalize=False)
+    d_ff=8,
+    shared_d_ff=4,
+    router=RouterConfig(num_experts=5, top_k=1, renormalize=False),
+    zero_experts=1,
 )
 MODEL = tiny_model(num_kv_heads=2, moe=EXPERTS)
 CFG = tiny_train(batch_size=4, seq_len=2, router_z_weight=0.01)
@@ -110,6 +113,6 @@ def test_weights_on_a_mesh_are_those_of_one_device():
 def test_what_does_not_divide_is_refused():
     with pytest.raises(InputError, match="batch_size=4 is not divisible by data .* 8 ranks"):
         check_mesh(make_mesh(data=8), MODEL, CFG)
-    experts = MODEL.moe.router.num_experts
+    experts = MODEL.moe.num_experts
     with pytest.raises(InputError, match=f"num_experts={experts} is not divisible"):
         check_mesh(make_mesh(expert=3), MODEL, CFG)

@@ -22,7 +22,7 @@ from experiments.bench.dispatch import (
 )
 from moejax.core.mesh import make_mesh
 from moejax.dispatch.api import make_dispatch
-from moejax.experts.stage import resident
+from moejax.experts.stage import reference, resident
 
 
 def test_an_arm_moves_bytes_and_keeps_the_values():
@@ -69,3 +69,18 @@ def test_rows_sent_are_the_incidences():
     counts = row_counts(make_mesh(data=2, expert=4), uniform[1])
     assert counts["valid_rows"] == counts["incidence_rows"]
     assert counts["valid_rows"]["hierarchical"][0] < counts["assignments"] == 64 * TOP_K
+
+
+def test_the_wire_carries_little_more_than_what_must_travel():
+    """HierMoE's point at K=8, with a capacity: bytes of the compiled programs, padding included."""
+    uniform, _ = make_inputs(2048)
+    mesh, moved = make_mesh(data=2, expert=4), {}
+    for name in ("hierarchical", "all_to_all"):
+        stage = make_dispatch(
+            num_experts=EXPERTS, token_axes=AXES, inner=reference, **strategies()[name]
+        )
+        _, moved[name], _ = compile_arm(partial(layer, stage), mesh, uniform)
+    ratios = padding(moved["hierarchical"], np.asarray(uniform[1]))
+    assert all(1 <= ratio <= 1.25 for ratio in ratios.values()), ratios
+    assert sum(moved["hierarchical"].values()) < sum(moved["all_to_all"].values())
+    assert moved["hierarchical"]["data"] < 0.25 * moved["all_to_all"]["data"]
