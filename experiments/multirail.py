@@ -1,6 +1,7 @@
 """Shares of a payload over rails while one is congested and one dies: a controller in simulation.
 
-    python -m experiments.multirail --json=results/multirail.json --plot=results/multirail.png
+    python -m experiments.multirail --json=results/multirail.json \
+        --shares_plot=results/multirail.png
 
 The rung is *simulated*: rails are straight lines with noise, the controller is the library's
 (`moejax.collectives.controller`), and each share vector that it asks for is compiled, as a split
@@ -31,8 +32,8 @@ from moejax.costmodel.links import Link
 
 MIB = flags.DEFINE_integer("mib", 256, "payload of a step in MiB", lower_bound=1)
 NOISE = flags.DEFINE_float("noise", 0.05, "standard deviation of log time", lower_bound=0.0)
-SEED = flags.DEFINE_integer("seed", 0, "of the noise")
-PLOT = flags.DEFINE_string("plot", None, "where to write the shares over time, as PNG")
+SEED = flags.DEFINE_integer("noise_seed", 0, "of the noise")
+PLOT = flags.DEFINE_string("shares_plot", None, "where to write the shares over time, as PNG")
 AXES = {"data": 2, "expert": 4}
 
 

@@ -1,7 +1,7 @@
 """Training with less communication, method by method: held-out loss and bytes sent.
 
     python -m experiments.sync_methods --json=results/sync_methods.json \
-        --plot=results/sync_methods.png
+        --losses_plot=results/sync_methods.png
 
 Eight workers (CPU devices) train a byte-level mixture of experts with equal tokens, data order and
 initial weights per seed. Controls without feedback say what feedback is worth. Losses are those of
@@ -46,8 +46,8 @@ from moejax.training.workers import Exchange, consensus, init_workers, make_work
 STEPS = flags.DEFINE_integer("steps", 240, "steps of each run", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 3, "runs per method", lower_bound=1)
 METHODS = flags.DEFINE_list("methods", None, "some of the methods; default: all")
-DATA = flags.DEFINE_string("data", None, "text file or folder; default: the standard library")
-PLOT = flags.DEFINE_string("plot", None, "where to write the losses over bytes, as PNG")
+DATA = flags.DEFINE_string("text", None, "text file or folder; default: the standard library")
+PLOT = flags.DEFINE_string("losses_plot", None, "where to write the losses over bytes, as PNG")
 WORKERS, AXES, PERIOD = 8, ("data",), 8
 LEARNING_RATE = 4e-3
 TOPK_SHARE, TOPK_BLOCK, THRESHOLD, EXACT_EVERY = 50, 1000, 1e-3, 8

@@ -29,11 +29,11 @@ from moejax.core.errors import check
 from moejax.costmodel.links import Link
 
 ROLE = flags.DEFINE_enum("role", "pull", ["serve", "pull"], "which end this process is")
-FOLDER = flags.DEFINE_string("folder", None, "where both ends leave their addresses")
+FOLDER = flags.DEFINE_string("meeting", None, "where both ends leave their addresses")
 ADDRESSES = flags.DEFINE_list("addresses", None, "own IP address on each of the two links")
 DOWN = flags.DEFINE_string("down", None, "command that takes the second link down")
-MIB = flags.DEFINE_integer("mib", 16, "size of the transfer", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 5, "transfers per arm", lower_bound=1)
+MIB = flags.DEFINE_integer("payload_mib", 16, "size of the transfer", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("transfers", 5, "transfers per arm", lower_bound=1)
 MBIT = flags.DEFINE_float("mbit", 400.0, "rate of each link, for the report", lower_bound=1.0)
 ARMS = {"rail 0": (PARTS, 0), "rail 1": (0, PARTS), "both": (PARTS // 2, PARTS // 2)}
 LIMIT_S = 8.0
@@ -147,7 +147,7 @@ def take_down() -> None:
 
 def main() -> None:
     cli.check_writable(cli.JSON.value)
-    check(FOLDER.value is not None, "--folder is missing")
+    check(FOLDER.value is not None, "--meeting is missing")
     check(len(ADDRESSES.value or ()) == 2, f"--addresses wants two, got {ADDRESSES.value}")
     servers = start_servers()
     if ROLE.value == "serve":

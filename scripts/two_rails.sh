@@ -31,10 +31,10 @@ for link in 0 1; do
   done
 done
 export JAX_PLATFORMS=cpu NPROC=16
-ip netns exec $far "$python" -m experiments.two_rails --role=serve --folder="$folder" \
+ip netns exec $far "$python" -m experiments.two_rails --role=serve --meeting="$folder" \
   --addresses=10.77.0.2,10.77.1.2 "$@" &
 server=$!
-ip netns exec $near "$python" -m experiments.two_rails --role=pull --folder="$folder" \
+ip netns exec $near "$python" -m experiments.two_rails --role=pull --meeting="$folder" \
   --addresses=10.77.0.1,10.77.1.1 --mbit="$rate" --down="ip link set near1 down" "$@"
 wait "$server"
 server=

@@ -1,7 +1,7 @@
 """Collectives by size: what the compiler's own and schedules of ours move, and how fast here.
 
     python -m experiments.bench.collectives --json=results/collectives.json \
-        --csv=results/collectives.csv --plot=results/collectives.png
+        --csv=results/collectives.csv --bandwidth_plot=results/collectives.png
 
 On 8 CPU devices, `{"data": 2, "expert": 4}`. Bandwidths are those of nccl-tests: `algbw` is the
 size over the seconds, `busbw` what the busiest link carries of it: times 2 (n - 1) / n for an
@@ -45,7 +45,9 @@ from moejax.dispatch.ragged import cut_pieces, ragged_exchange
 
 SIZES = flags.DEFINE_list("sizes", ["1024", "65536", "1048576", "16777216"], "bytes, up to 2**28")
 CSV = flags.DEFINE_string("csv", None, "where to write a row per collective and size")
-PLOT = flags.DEFINE_string("plot", None, "where to write bus bandwidths over size, as PNG")
+PLOT = flags.DEFINE_string(
+    "bandwidth_plot", None, "where to write bus bandwidths over size, as PNG"
+)
 AXES = {"data": 2, "expert": 4}
 RANKS, NAMES = 8, tuple(AXES)
 FACTORS: dict[Operation, float] = {

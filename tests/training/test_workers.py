@@ -56,6 +56,7 @@ def test_workers_with_one_gradient_are_one_run(tokens):
         np.testing.assert_array_equal(leaf[0], leaf[1])
 
 
+@pytest.mark.full
 def test_a_plan_is_carried_through_checkpoints_to_the_bit(tokens, tmp_path):
     """Outer weights, momentum and residuals come back; the next step is the same bits."""
     mesh = make_mesh(data=2)
