@@ -62,8 +62,9 @@ def abstract_quantized(experts: GatedWeights, format: Format) -> GatedWeights:
     def matrix(name: str) -> Quantized:
         leaf = getattr(experts, name)
         words, scales = _stored_shapes(leaf.shape, format, name)
-        q, scale = abstract(leaf, words, jnp.int32), abstract(leaf, scales, jnp.float32)
-        return Quantized(q=q, scale=scale, format=format)
+        leaves: Any = {"q": abstract(leaf, words, jnp.int32)}
+        leaves["scale"] = abstract(leaf, scales, jnp.float32)
+        return Quantized(**leaves, format=format)
 
     matrices: Any = {name: matrix(name) for name in _MATRICES}
     return dataclasses.replace(experts, **matrices)
@@ -72,18 +73,20 @@ def abstract_quantized(experts: GatedWeights, format: Format) -> GatedWeights:
 def quantize_matrix(
     matrix: np.ndarray, format: Format, name: str = "matrix"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Words int32 [A / P, B] and scales float32 [A / G, B] of one matrix [A, B].
+    """Words int32 [A / P, B] and scales float32 [1, A / G * B] of one matrix [A, B].
 
     `name` is for the `InputError`s that `quantize_experts` lists.
     """
-    words, (groups, columns) = _stored_shapes(matrix.shape, format, name)
-    grouped = matrix.astype(np.float32).reshape(groups, -1, columns)  # [A / G, G, B]
+    words, scales = _stored_shapes(matrix.shape, format, name)
+    columns = matrix.shape[1]
+    grouped = matrix.astype(np.float32).reshape(scales[1] // columns, -1, columns)  # [A / G, G, B]
     scale = _scales(grouped, format)
     wrong = int((~np.isfinite(scale)).sum())
     check(
         wrong == 0, f"{name}: {wrong} of {scale.size} groups of weights hold NaN or infinite values"
     )
-    return _pack(_values(grouped, scale, format), values_per_word(format)).reshape(words), scale
+    q = _pack(_values(grouped, scale, format), values_per_word(format))
+    return q.reshape(words), scale.reshape(scales)
 
 
 def _scales(grouped: np.ndarray, format: Format) -> np.ndarray:
@@ -172,7 +175,7 @@ def _stored_shapes(
     )
     near = {"int8": rows, "int4": 64, "fp8": 128}[format]
     group = _divisor_near(rows, near, per_word)
-    return (*leading, rows // per_word, columns), (*leading, rows // group, columns)
+    return (*leading, rows // per_word, columns), (*leading, 1, rows // group * columns)
 
 
 def _divisor_near(size: int, near: int, multiple: int) -> int:

@@ -66,8 +66,9 @@ def _scaled_rows(x: jax.Array, stack: jax.Array, row: jax.Array) -> jax.Array:
 
 def _scaled_words(x: jax.Array, stack: Quantized, row: jax.Array) -> jax.Array:
     """Values that share words are the terms of a sum; a group's scale multiplies its sums once."""
-    scale, parts = read_part(stack.scale, row), values_per_word(stack.format)
-    groups, outer = scale.shape
+    outer, parts = stack.q.shape[2], values_per_word(stack.format)
+    scale = read_part(stack.scale, row).reshape(-1, 1, outer)  # [A / G, 1, B]
+    groups = scale.shape[0]
     words = stack.q.reshape(stack.q.shape[0], groups, -1, outer)  # [R, A / G, G / P, B]
     height = words.shape[2]
     rows = x.reshape(x.shape[0], groups, parts, height)
@@ -80,6 +81,6 @@ def _scaled_words(x: jax.Array, stack: Quantized, row: jax.Array) -> jax.Array:
 
     def product(m):
         total = functools.reduce(jnp.add, [term(m, p) for p in range(parts)])
-        return ones @ (total * scale[:, None]).reshape(groups * height, outer)
+        return ones @ (total * scale).reshape(groups * height, outer)
 
     return jnp.concatenate([product(m) for m in range(x.shape[0])])

@@ -8,9 +8,10 @@ float32 scale per column. What stands there is a number of few bits times its sc
 Weights alone are quantised: products are those of the float32 matrix that `dequantize` gives.
 
 Values travel as 32-bit words, P of one column to a word. XLA:TPU copies a whole host stack of 8-bit
-numbers to slice it, as its tiles for them differ between memories; words it slices in place. Value
-p of word i of a group stands for row `p * G / P + i` of the group: to unpack is to shift whole
-tiles P times, and nothing is transposed.
+numbers to slice it, as its tiles for them differ between memories; words it slices in place. It
+transposes a stack whose rows do not fill tiles of 8, and then fails to slice it; hence scales are
+one row. Value p of word i of a group stands for row `p * G / P + i` of the group: to unpack is to
+shift whole tiles P times, and nothing is transposed.
 
 Axis letters:
     R  matrices of a stack    A, B  dims of a matrix    G  rows of a group    P  values of a word
@@ -38,7 +39,7 @@ class Quantized:
     """
 
     q: jax.Array  # int32 [..., A / P, B], words
-    scale: jax.Array  # float32 [..., A / G, B]
+    scale: jax.Array  # float32 [..., 1, A / G * B], group after group
     format: str = struct.field(pytree_node=False)
 
     @property
@@ -83,11 +84,12 @@ def decode(words: jax.Array, p: int, format: str) -> jax.Array:
 
 def dequantize(matrix: Quantized) -> jax.Array:
     """The float32 matrices [..., A, B] that `matrix` stands for. Cost: one pass over them."""
-    *leading, groups, columns = matrix.scale.shape
+    *leading, _, columns = matrix.q.shape
+    groups = matrix.scale.shape[-1] // columns
     words = matrix.q.reshape(*leading, groups, -1, columns)  # [..., A / G, G / P, B]
     parts = range(values_per_word(matrix.format))
     values = jnp.stack([decode(words, p, matrix.format) for p in parts], axis=-3)
-    scaled = values * matrix.scale[..., None, None, :]  # [..., A / G, P, G / P, B]
+    scaled = values * matrix.scale.reshape(*leading, groups, 1, 1, columns)
     return scaled.reshape(*leading, -1, columns)
 
 

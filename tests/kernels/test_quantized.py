@@ -31,6 +31,7 @@ def by_hand(stack):
     """float32 [R, A, B], value by value as the module says."""
     words, scale = np.asarray(stack.q).view(np.uint32), np.asarray(stack.scale)
     bits = 4 if stack.format == "int4" else 8
+    scale = scale.reshape(R, -1, B)
     per_word, group = 32 // bits, A // scale.shape[1]
     matrices = np.empty((R, A, B), np.float32)
     for a in range(A):
@@ -65,7 +66,7 @@ def test_no_matrix_is_unpacked_as_a_whole(format, rows):
     per_word, group = (8, 64) if format == "int4" else (4, 256)
     stack = Quantized(
         q=jax.ShapeDtypeStruct((29, 256 // per_word, 256), jnp.int32),
-        scale=jax.ShapeDtypeStruct((29, 256 // group, 256), jnp.float32),
+        scale=jax.ShapeDtypeStruct((29, 1, 256 // group * 256), jnp.float32),
         format=format,
     )
     x = jax.ShapeDtypeStruct((rows, 256), jnp.float32)
