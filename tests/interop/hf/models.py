@@ -1,10 +1,12 @@
 """Small random models of every architecture, written by `transformers`, and what they say."""
 
+import atexit
 import dataclasses
 import functools
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 
 import numpy as np
@@ -83,6 +85,7 @@ def reference(case: Case, new_tokens: int) -> Reference:
     import torch
 
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{case}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model = write_model(case, folder)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 64, length).astype(np.int32) for length in LENGTHS]
