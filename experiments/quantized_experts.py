@@ -9,7 +9,7 @@ format is made from the float32 checkpoint and evaluated by the very kernels tha
 
 import pathlib
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from moejax.data.text import load_corpus, sample_windows
 from moejax.experts.gated import gated_mlp
 from moejax.experts.quantize import quantize_experts
 from moejax.kernels.grouped_ffn import GatedWeights
-from moejax.kernels.quantized import FORMATS, dequantize_tree
+from moejax.kernels.quantized import Format, dequantize_tree
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.models.experts import join_experts, split_experts
@@ -53,7 +53,7 @@ def main() -> None:
     dense, experts = split_experts(params, model)
     score = _scorer(cfg, model)
     formats = {"float32": measure(experts, experts, partial(score, dense))}
-    for name in FORMATS:
+    for name in get_args(Format):
         quantized = quantize_experts(experts, name)
         formats[name] = measure(quantized, experts, partial(score, dense))
     for figures in formats.values():
