@@ -30,6 +30,7 @@ from experiments import cli
 from experiments.bench import decode_torch
 from experiments.bench.decode_torch import Work
 from experiments.bench.moe_layer_torch import missing_packages
+from experiments.bench.shape_flags import BATCH, SHAPE
 from experiments.measure import stream_read_bytes_per_s
 from moejax.core.errors import check
 from moejax.core.memory import nbytes
@@ -38,15 +39,13 @@ from moejax.interop.hf.load import load_folder
 from moejax.offload.store import expert_bytes
 from moejax.serving.engine import Engine, make_engine
 
-SHAPE = flags.DEFINE_string("shape", "olmoe-400m", "named shape, see configs/shapes.py")
-BATCH = flags.DEFINE_list("batch", ["1", "8"], "batch sizes")
 PROMPT = flags.DEFINE_integer("prompt", 128, "tokens of every prompt", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "tokens to decode", lower_bound=2)
 REPEATS = flags.DEFINE_integer("repeats", 3, "timed runs per process", lower_bound=2)
 PROCESSES = flags.DEFINE_integer("processes", 2, "alternating processes per side", lower_bound=1)
 DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "of the weights")
-WORKER = flags.DEFINE_enum(
-    "worker", None, ["write", "moejax", "transformers"], "one side only, prints JSON (internal)"
+SIDE = flags.DEFINE_enum(
+    "side", None, ["write", "moejax", "transformers"], "one side only, prints JSON (internal)"
 )
 FOLDER = flags.DEFINE_string("folder", "", "of the checkpoint (internal)")
 MUST = {"decode": 1.5, "prefill": 1.0}
@@ -108,13 +107,13 @@ def generate(
 
 def run_worker() -> dict[str, Any]:
     """One side's seconds by dtype and batch size."""
-    if WORKER.value == "write":
+    if SIDE.value == "write":
         decode_torch.write_checkpoint(FOLDER.value, get_shape(SHAPE.value))
         return {}
     result: dict[str, Any] = {}
     for dtype in DTYPES.value:
         for work in works():
-            if WORKER.value == "moejax":
+            if SIDE.value == "moejax":
                 times = {"moejax": time_ours(FOLDER.value, work, dtype)}
             else:
                 times = decode_torch.time_transformers(
@@ -128,7 +127,7 @@ def start_worker(side: str, folder: str) -> dict[str, Any]:
     """Runs one side in a process of its own."""
     passed = [one for one in sys.argv[1:] if not one.startswith("--json")]
     command = [sys.executable, "-m", "experiments.bench.decode", *passed]
-    command += [f"--worker={side}", f"--folder={folder}"]
+    command += [f"--side={side}", f"--folder={folder}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the {side} process failed:\n{done.stderr[-2000:]}")
@@ -215,7 +214,7 @@ def print_table(compared: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 
 def main() -> None:
-    if WORKER.value:
+    if SIDE.value:
         print(json.dumps(run_worker()))
         return
     cli.check_writable(cli.JSON.value)

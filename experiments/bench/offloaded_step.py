@@ -14,12 +14,12 @@ import statistics
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from configs.shapes import get_shape
 from experiments import cli
+from experiments.bench.shape_flags import BATCH, SHAPE
 from experiments.bench.timing import ROUNDS, interleave, summary
 from experiments.measure import stream_read_bytes_per_s
 from moejax.core.errors import check
@@ -31,8 +31,6 @@ from moejax.offload.stage import OffloadConfig
 from moejax.offload.store import expert_bytes, to_host
 from moejax.serving.engine import Engine, make_engine, split_experts
 
-SHAPE = flags.DEFINE_string("shape", "olmoe-400m", "named shape, see configs/shapes.py")
-BATCH = flags.DEFINE_list("batch", ["1", "8"], "batch sizes")
 BAR = 1.15
 
 

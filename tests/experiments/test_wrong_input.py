@@ -163,7 +163,12 @@ AOT = [
     case("unknown target", "--target=h100", "target='h100' is not one of v5e:1x1"),
     case("unknown field", "--set=layers=3", "OffloadedDecode has no field 'layers'"),
     case("wrong type", "--set=batch=1.5", "--set batch wants int, got 1.5"),
-    case("experts not divisible", "--set=num_experts=6 --set=expert_axis=4", "num_experts=6", "4"),
+    case(
+        "experts not divisible",
+        "--set=num_experts=6 --set=top_k=2 --set=expert_axis=4",
+        "num_experts=6",
+        "4",
+    ),
     case("no TPU tile", "--set=d_ff=192", "d_ff=192 is not a multiple of 128, the width of a TPU"),
     case("budget too small", "--set=device_budget=1MiB", "1048576 bytes", "the minimum is"),
     case("json below a file", "--json={files}/empty.txt/r.json", "not a writable folder"),
