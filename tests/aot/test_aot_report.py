@@ -51,6 +51,23 @@ def test_offloaded_decode_hides_its_prefetch(target, batch):
     assert figures["holds"]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("format, bits", [("int8", 8), ("int4", 4), ("fp8", 8)])
+def test_quantised_experts_travel_as_they_are(format, bits):
+    """Three groups of rows per column of w_down in fp8: scales that fill no tile of 8 rows."""
+    program = dataclasses.replace(SMALL, experts_dtype=format, d_ff=384)
+    figures = _figures(program, "v5e:1x1")
+    weights = 3 * 1024 * 384
+    groups = {"int8": 1, "int4": 1024 // 64, "fp8": 1024 // 128}[format]
+    groups_down = {"int8": 1, "int4": 384 // 64, "fp8": 384 // 128}[format]
+    expert_bytes = weights * bits // 8 + 4 * (2 * 384 * groups + 1024 * groups_down)
+    assert figures["prefetch_transfers"] == figures["prefetch_overlapped"] == 2 * 6
+    assert figures["prefetch_bytes"] == 2 * expert_bytes
+    assert figures["host_bytes"] == 3 * 64 * expert_bytes
+    assert figures["host_temp_bytes"] == 0
+    assert figures["holds"]
+
+
 def test_expert_parallel_offloaded_decode_holds_too():
     program = dataclasses.replace(SMALL, expert_axis=4, device_budget="100%")
     figures = _figures(program, "v5e:2x2")

