@@ -42,7 +42,8 @@ def quantize_experts(experts: GatedWeights, format: Format) -> GatedWeights:
 
     Biases stay. Sharding over the leading axes is kept. Raises `InputError` for an unknown format,
     dims that no word divides, weights that are not finite, or matrices that are cut over devices.
-    Cost: some 10 ns per weight on one core, and the bytes of both until the caller drops `experts`.
+    Cost: 2 ns per weight on one core, 12 in fp8, beside the first touch of the memory that the
+    result takes; and the bytes of both until the caller drops `experts`.
     """
     matrices: Any = {
         name: _quantize_stack(getattr(experts, name), format, name) for name in _MATRICES

@@ -12,7 +12,14 @@ from moejax.core.errors import InputError
 from moejax.experts.quantize import quantize_matrix
 from moejax.kernels import grouped_ffn as ffn
 from moejax.kernels.few_rows import matmul_row
-from moejax.kernels.quantized import FORMATS, Quantized, dequantize, dequantize_tree, is_quantized
+from moejax.kernels.quantized import (
+    FORMATS,
+    Quantized,
+    decode,
+    dequantize,
+    dequantize_tree,
+    is_quantized,
+)
 from moejax.kernels.rows import read_row
 from tests.kernels.cases import assert_close, normal
 
@@ -78,6 +85,16 @@ def test_no_matrix_is_unpacked_as_a_whole(format, rows):
     compiled = run.lower(x, stack, ids).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 256 * 256 * 4
     assert not re.search(r"f32\[(1,)?256,256\]", compiled.as_text())
+
+
+def test_every_e4m3_number_is_widened_exactly():
+    codes = np.setdiff1d(np.arange(256, dtype=np.int32), [0x7F, 0xFF])  # those are NaN
+    want = codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    for p in range(4):
+        words = jnp.asarray(
+            (codes.astype(np.uint32) << (8 * p)).view(np.int32) | (0x55 << 8 * (p ^ 1))
+        )
+        np.testing.assert_array_equal(decode(words, p, "fp8").view(jnp.int32), want.view(np.int32))
 
 
 def test_trees_keep_what_is_not_quantised():
