@@ -20,15 +20,15 @@ from rich.table import Table
 
 from experiments import cli
 from experiments.replay_plot import plot
+from experiments.traces import TRACE, open_trace
 from moejax.core.errors import InputError, check
-from moejax.data.route_csv import RecordedRouting, read_route_csv
-from moejax.data.routing_trace import RoutingTrace, load_trace
+from moejax.data.route_csv import RecordedRouting
+from moejax.data.routing_trace import RoutingTrace
 from moejax.simulator.calls import Calls, calls_of_trace
 from moejax.simulator.recorded import calls_that_differ, recorded_misses
 from moejax.simulator.replay import RULES, replay
 from moejax.simulator.summary import Summary, layer_hit_rate, summarize
 
-TRACE = flags.DEFINE_string("trace", None, "route_trace v1 CSV or RoutingTrace npz")
 POLICIES = flags.DEFINE_string("policies", ",".join(RULES), "comma-separated cache policies")
 BUDGETS = flags.DEFINE_string("budget_mib", None, "comma-separated cache sizes, 1 MiB = 2^20 bytes")
 PLOT = flags.DEFINE_string("plot", None, "PNG to write; beside --json when not given")
@@ -82,20 +82,6 @@ def check_budgets(budgets: dict[str, int], calls: Calls) -> None:
         f"--budget_mib: {key} MiB cannot hold the {calls.top_k} experts of one token in one layer;"
         f" the minimum is {smallest / MIB:.4g}",
     )
-
-
-def read_trace(path: str | None) -> tuple[RoutingTrace, RecordedRouting | None]:
-    """The trace in `path` and, from a CSV, what its own cache did."""
-    check(bool(path), "--trace is missing; give a route_trace v1 CSV or a RoutingTrace npz")
-    try:
-        with open(str(path), "rb") as file:
-            is_zip = file.read(2) == b"PK"
-    except OSError as error:
-        raise InputError(f"--trace={path}: {error.strerror}") from error
-    if is_zip:
-        return load_trace(str(path)), None
-    recorded = read_route_csv(str(path))
-    return recorded.trace, recorded
 
 
 def replay_all(
@@ -252,7 +238,7 @@ def main() -> None:
     check(plot_path is None or plot_path != cli.JSON.value, "--json and --plot are the same file")
     cli.check_writable(cli.JSON.value)
     cli.check_writable(plot_path)
-    trace, recorded = read_trace(TRACE.value)
+    trace, recorded = open_trace(TRACE.value)
     calls = calls_of_trace(trace)
     check(bool(calls.is_decode.any()), f"{TRACE.value}: no decode step, so no decode hit rate")
     check_budgets(budgets, calls)
