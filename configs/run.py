@@ -8,6 +8,7 @@ from moejax.data.text import TextConfig
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import DecoderConfig, moe_decoder
 from moejax.routing.config import RouterConfig
+from moejax.sync.config import SyncConfig
 from moejax.training.config import TrainConfig
 
 
@@ -64,6 +65,7 @@ class RunConfig:
     """Everything that `--set` reaches.
 
     Attributes:
+        sync: what crosses `data`; by default the gradients, in every step.
         log_steps: how often metrics go to tensorboard; the log in the checkpoint has every step.
         eval_steps: how often held-out text is scored and the load of every expert is recorded.
         eval_batches: batches of held-out text that are scored.
@@ -73,6 +75,7 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
+    sync: SyncConfig = SyncConfig()
     log_steps: int = 10
     eval_steps: int = 100
     eval_batches: int = 4

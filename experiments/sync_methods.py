@@ -122,8 +122,8 @@ def run_method(method: Method, model: Any, corpus: Any, cfg: TrainConfig, seeds:
         history, begin = [], time.perf_counter()
         batches = source.batches(0, np.arange(cfg.batch_size))
         for i, tokens in zip(range(steps), batches, strict=False):
-            state, nats = step(state, jnp.asarray(tokens), jnp.float32(i / steps))
-            history.append(nats)
+            state, metrics = step(state, jnp.asarray(tokens), jnp.float32(i / steps))
+            history.append(metrics.cross_entropy)
         train = [float(np.mean(one)) for one in jax.device_get(history)]
         seconds = time.perf_counter() - begin
         heldout = score(consensus(state), corpus.heldout.data, model, cfg)

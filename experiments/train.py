@@ -24,7 +24,7 @@ from moejax.core.overlay import overlay
 from moejax.costmodel.advice import read_calibration
 from moejax.data.text import load_corpus
 from moejax.training.heldout import heldout_starts
-from moejax.training.sharding import check_mesh
+from moejax.training.program import check_program
 
 CONFIG = flags.DEFINE_string("config", "configs/byte_moe.py", "Python file with get_config()")
 WORKDIR = flags.DEFINE_string("workdir", "workdir/train", "folder for checkpoints and metrics")
@@ -54,7 +54,7 @@ def main() -> None:
     sizes = dataclasses.asdict(cfg.mesh)
     # No devices yet: what does not divide is refused before the other processes are joined.
     planned = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    check_mesh(planned, model, cfg.train)  # pyrefly: ignore[bad-argument-type]
+    check_program(planned, model, cfg.train, cfg.sync)
     launch.join(cfg.mesh.size)
     figures = run(cfg, model, source, corpus.heldout.data, workdir)
     if jax.process_index() == 0:

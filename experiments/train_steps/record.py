@@ -14,8 +14,8 @@ from moejax.models.config import DecoderConfig
 from moejax.routing.losses import load_imbalance
 from moejax.training.heldout import score_heldout
 from moejax.training.loop import Hooks
+from moejax.training.program import State, weights
 from moejax.training.run_log import RunLog
-from moejax.training.state import TrainState
 from moejax.training.traffic import StepTraffic, step_traffic
 
 
@@ -45,10 +45,10 @@ class Recorder:
         """What the loop calls."""
         return Hooks(compiled=self._compiled, dispatched=self._dispatched, arrived=self._arrived)
 
-    def score(self, state: TrainState) -> dict[str, Any]:
+    def score(self, state: State) -> dict[str, Any]:
         """Bits per token of the held-out text, and the expert load [L, E] on it."""
         nats, load = score_heldout(
-            state.params,
+            weights(state),
             self._heldout,
             self._model,
             self._cfg.train,
@@ -62,7 +62,7 @@ class Recorder:
         if jax.process_index() == 0:
             self._board = board.open_board(self._folder, step)
 
-    def _dispatched(self, step: int, state: TrainState) -> None:
+    def _dispatched(self, step: int, state: State) -> None:
         if step % self._cfg.eval_steps:
             return
         score = self.score(state)

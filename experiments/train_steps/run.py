@@ -14,6 +14,7 @@ from moejax.data.epochs import ShuffledWindows
 from moejax.data.text import Corpus
 from moejax.models.config import DecoderConfig
 from moejax.training.loop import TrainResult, train
+from moejax.training.program import sync_bytes
 
 
 def make_source(cfg: RunConfig, corpus: Corpus) -> ShuffledWindows:
@@ -42,11 +43,16 @@ def run(
             cfg.train,
             path=workdir / "checkpoints",
             mesh=mesh,
+            sync=cfg.sync,
             show_progress=jax.process_index() == 0,
             hooks=recorder.hooks(),
         )
         score = recorder.score(result.state)
-    return {
+    figures: dict[str, Any] = {}
+    if cfg.sync.method != "none":
+        figures["sync"] = dataclasses.asdict(cfg.sync)
+        figures["sync_bytes_per_step"] = sync_bytes(cfg.sync, model, cfg.train, mesh)
+    return figures | {
         "num_processes": jax.process_count(),
         "mesh": dataclasses.asdict(cfg.mesh),
         "resumed_step": result.resumed_step,

@@ -13,6 +13,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,13 +26,14 @@ from moejax.core.errors import check
 from moejax.data.source import RandomWindows, Source
 from moejax.dispatch.overlap import overlap_options
 from moejax.models.config import DecoderConfig
+from moejax.sync.config import SyncConfig
 from moejax.training.config import TrainConfig
 from moejax.training.feed import batch_struct, feed
+from moejax.training.program import Program, State, make_program
 from moejax.training.progress import Update, progress_bar, training_text
 from moejax.training.run_log import COLUMNS as COLUMNS
 from moejax.training.run_log import RunLog, from_extra, to_extra
-from moejax.training.sharding import check_mesh, state_shardings
-from moejax.training.state import StepMetrics, TrainState, init_state, train_step
+from moejax.training.state import StepMetrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class TrainResult:
         resumed_step: the step of the checkpoint that this call started from, 0 for none.
     """
 
-    state: TrainState
+    state: State
     history: dict[str, np.ndarray]
     resumed_step: int
 
@@ -65,7 +67,7 @@ class Hooks:
     """
 
     compiled: Callable[[int, jax.stages.Compiled], None] = _nothing
-    dispatched: Callable[[int, TrainState], None] = _nothing
+    dispatched: Callable[[int, State], None] = _nothing
     arrived: Callable[[int, RunLog], None] = _nothing
 
 
@@ -76,6 +78,7 @@ def train(
     *,
     path: str | pathlib.Path,
     mesh: Mesh | None = None,
+    sync: SyncConfig = SyncConfig(),  # noqa: B008  (frozen)
     show_progress: bool = False,
     hooks: Hooks = Hooks(),  # noqa: B008  (frozen)
 ) -> TrainResult:
@@ -83,26 +86,28 @@ def train(
 
     An array uint8 [N] stands for `RandomWindows` of it. With a mesh, sequences are sharded over
     `data` and `expert`, experts over `expert`; a run may be continued on another mesh and by
-    another number of processes. Returns at once when that run is finished. Raises `InputError` when
-    the checkpoints are of another model, run or corpus, are damaged, or would not fit on the disk,
-    and when several processes would have to agree on seconds.
+    another number of processes. With a method of `sync`, the coordinates of `data` are workers that
+    keep weights of their own; their number is part of the run. Returns at once when that run is
+    finished. Raises `InputError` when the checkpoints are of another model, run, plan or corpus,
+    are damaged, or would not fit on the disk, when the plan does not fit the mesh, and when several
+    processes would have to agree on seconds.
     """
     if isinstance(data, np.ndarray):
         shape = dict(batch_size=cfg.batch_size, seq_len=cfg.seq_len)
         data = RandomWindows(data=data, seed=cfg.seed, **shape)
     _check_processes(cfg, mesh)
-    if mesh is not None:
-        check_mesh(mesh, model, cfg)
-    abstract = _abstract_state(model, cfg, mesh)
-    checkpoints.check_free_disk(path, abstract)
+    program = make_program(model, cfg, mesh, sync)
+    checkpoints.check_free_disk(path, program.abstract())
+    configs = (model, cfg, sync)
     with checkpoints.open_manager(path) as manager:
         if manager.latest_step() is None:
-            state, log = init_state(model, cfg, mesh), RunLog(crc32=data.crc32)
+            state, log = program.init(), RunLog(crc32=data.crc32)
         else:
-            state, log = _restore(manager, abstract, data.crc32, model, cfg)
+            state, log = _restore(manager, program, data.crc32, configs)
         first = log.num_steps
         if _progress(cfg, first, log.elapsed_secs) < 1:
-            state = _run(state, log, data, model, cfg, mesh, manager, show_progress, hooks)
+            save = partial(_save, manager, program, configs)
+            state = _run(program, state, log, data, cfg, mesh, save, show_progress, hooks)
         checkpoints.finish(manager)
     return TrainResult(state=state, history=log.history(), resumed_step=first)
 
@@ -128,22 +133,23 @@ def _progress(cfg: TrainConfig, step: int, elapsed_secs: float) -> float:
 
 
 def _run(
-    state: TrainState,
+    program: Program,
+    state: Any,
     log: RunLog,
     source: Source,
-    model: DecoderConfig,
     cfg: TrainConfig,
     mesh: Mesh | None,
-    manager: ocp.CheckpointManager,
+    save: Callable[[Any, RunLog, float], None],
     show_progress: bool,
     hooks: Hooks,
-) -> TrainState:
+) -> Any:
     """Steps to the end of the horizon; the last checkpoint is on its way when this returns."""
     step = saved_step = log.num_steps
     struct, done = batch_struct(cfg, mesh), np.float32(0)
     # Compiled before the clock starts: only training counts against the horizon.
-    lowered = train_step.lower(state, struct, done, model=model, cfg=cfg, mesh=mesh)
-    run_step = lowered.compile(overlap_options(jax.default_backend()) or None)
+    run_step = program.lower(state, struct, done).compile(
+        overlap_options(jax.default_backend()) or None
+    )
     hooks.compiled(step, run_step)
     clock = _start_clock(log.elapsed_secs)
     saved_secs = clock()
@@ -164,11 +170,11 @@ def _run(
             if _due(cfg, step, clock() - saved_secs):
                 _arrive(pending, log, clock, cfg, hooks, update)
                 pending = None
-                _save(manager, state, log, model, cfg, clock())
+                save(state, log, clock())
                 saved_step, saved_secs = step, clock()
         _arrive(pending, log, clock, cfg, hooks, update)
     if step != saved_step:
-        _save(manager, state, log, model, cfg, clock())
+        save(state, log, clock())
     return state
 
 
@@ -201,47 +207,27 @@ def _due(cfg: TrainConfig, step: int, secs_since_save: float) -> bool:
     return secs_since_save >= cfg.checkpoint_secs
 
 
-def _abstract_state(model: DecoderConfig, cfg: TrainConfig, mesh: Mesh | None) -> TrainState:
-    """Shapes and shardings of the state on the mesh, or on the default device."""
-    state = jax.eval_shape(lambda: init_state(model, cfg))
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    where = jax.tree.map(lambda _: one, state)
-    if mesh is not None:
-        where = state_shardings(state, mesh, cfg)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        where,
-    )
-
-
 def _save(
     manager: ocp.CheckpointManager,
-    state: TrainState,
+    program: Program,
+    configs: tuple[DecoderConfig, TrainConfig, SyncConfig],
+    state: Any,
     log: RunLog,
-    model: DecoderConfig,
-    cfg: TrainConfig,
     elapsed_secs: float,
 ) -> None:
     log.elapsed_secs = elapsed_secs
-    optimizer = {"opt_state": state.opt_state, "step": state.step}
-    extra = to_extra(log, model, cfg)
-    checkpoints.save(manager, log.num_steps, params=state.params, optimizer=optimizer, extra=extra)
+    extra = to_extra(log, *configs)
+    checkpoints.save(manager, log.num_steps, **program.items(state), extra=extra)
 
 
 def _restore(
     manager: ocp.CheckpointManager,
-    abstract: TrainState,
+    program: Program,
     crc32: int,
-    model: DecoderConfig,
-    cfg: TrainConfig,
-) -> tuple[TrainState, RunLog]:
+    configs: tuple[DecoderConfig, TrainConfig, SyncConfig],
+) -> tuple[Any, RunLog]:
     step = checkpoints.latest_step(manager)
     where = f"checkpoint {manager.directory / str(step)}"
-    log = from_extra(checkpoints.read_extra(manager, step), where, crc32, model, cfg)
+    log = from_extra(checkpoints.read_extra(manager, step), where, crc32, *configs)
     check(log.num_steps == step, f"{where} has metrics of {log.num_steps} steps, want {step}")
-    optimizer = {"opt_state": abstract.opt_state, "step": abstract.step}
-    restored = checkpoints.restore(
-        manager, step, {"params": abstract.params, "optimizer": optimizer}
-    )
-    return TrainState(params=restored["params"], **restored["optimizer"]), log
+    return program.restore(partial(checkpoints.restore, manager, step)), log

@@ -8,10 +8,12 @@ import numpy as np
 from moejax.checkpoint.config_json import difference, from_json, to_json
 from moejax.core.errors import check
 from moejax.models.config import DecoderConfig
+from moejax.sync.config import SyncConfig
 from moejax.training.config import TrainConfig
 from moejax.training.state import StepMetrics
 
 COLUMNS = (*(field.name for field in dataclasses.fields(StepMetrics)), "elapsed_secs")
+_NO_SYNC = SyncConfig()
 # May change when a run continues: how often it saves, and where its arrays lie.
 FREE = ("checkpoint_secs", "checkpoint_steps", "dispatch", "fully_sharded", "experts_memory")
 
@@ -57,22 +59,34 @@ class RunLog:
         return {name: np.array(values) for name, values in self.columns.items()}
 
 
-def to_extra(log: RunLog, model: DecoderConfig, cfg: TrainConfig) -> dict[str, Any]:
+def to_extra(
+    log: RunLog, model: DecoderConfig, cfg: TrainConfig, sync: SyncConfig = _NO_SYNC
+) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    return {"model": to_json(model), "train": to_json(cfg), "log": dataclasses.asdict(log)}
+    configs = {"model": model, "train": cfg, "sync": sync}
+    return {**{k: to_json(v) for k, v in configs.items()}, "log": dataclasses.asdict(log)}
 
 
 def from_extra(
-    extra: dict[str, Any], where: str, crc32: int, model: DecoderConfig, cfg: TrainConfig
+    extra: dict[str, Any],
+    where: str,
+    crc32: int,
+    model: DecoderConfig,
+    cfg: TrainConfig,
+    sync: SyncConfig = _NO_SYNC,
 ) -> RunLog:
     """The log of a checkpoint; raises `InputError` unless it is of this model, run and corpus."""
+    # Checkpoints that know no sync plans were made without one.
+    extra = {"sync": to_json(_NO_SYNC), **extra}
     for name in ("model", "train", "log"):
         check(name in extra, f"{where} is not a training run's: its extra has no {name!r}")
-    stored_model = from_json(DecoderConfig, extra["model"], f"{where}: model")
     stored_cfg = from_json(TrainConfig, extra["train"], f"{where}: train")
     free = {name: getattr(cfg, name) for name in FREE}
-    stored_cfg = dataclasses.replace(stored_cfg, **free)
-    for name, stored, wanted in (("model", stored_model, model), ("train", stored_cfg, cfg)):
+    for name, stored, wanted in (
+        ("model", from_json(DecoderConfig, extra["model"], f"{where}: model"), model),
+        ("train", dataclasses.replace(stored_cfg, **free), cfg),
+        ("sync", from_json(SyncConfig, extra["sync"], f"{where}: sync"), sync),
+    ):
         check(
             stored == wanted,
             f"{where} is of another run, {name}: {difference(stored, wanted)}; "
