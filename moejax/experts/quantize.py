@@ -80,7 +80,8 @@ def quantize_matrix(
     """
     words, scales = _stored_shapes(matrix.shape, format, name)
     columns = matrix.shape[1]
-    grouped = matrix.astype(np.float32).reshape(scales[1] // columns, -1, columns)  # [A / G, G, B]
+    matrix = np.ascontiguousarray(matrix, np.float32)
+    grouped = matrix.reshape(scales[1] // columns, -1, columns)  # [A / G, G, B]
     scale = _scales(grouped, format)
     wrong = int((~np.isfinite(scale)).sum())
     check(

@@ -11,6 +11,7 @@ from moejax.core.errors import check
 from moejax.interop.hf.export import save_folder
 from moejax.interop.hf.load import Imported
 from moejax.interop.load import HF
+from moejax.kernels.quantized import is_quantized
 from moejax.models.experts import join_experts
 
 
@@ -18,8 +19,10 @@ def write_checkpoint(model: Imported, path: str | pathlib.Path) -> int:
     """Step 0 in folder `path`, unless it is there already; returns the number of its arrays.
 
     Experts are in logical order, so that any mesh restores them (`interop.load`,
-    `models.restore`). A process that is stopped leaves no checkpoint that counts.
+    `models.restore`). A process that is stopped leaves no checkpoint that counts. Raises
+    `InputError` for quantised experts.
     """
+    _check_whole(model, path)
     # Views of the host arrays, of as many groups as there are: nothing goes to a device.
     experts = jax.tree.map(np.asarray, model.experts)
     params = join_experts(model.params, experts, model.cfg)
@@ -39,10 +42,18 @@ def write_checkpoint(model: Imported, path: str | pathlib.Path) -> int:
 def write_folder(model: Imported, path: str | pathlib.Path) -> int:
     """A folder that `transformers` loads; the number of its tensors.
 
-    Raises `InputError` for a model that was never a Hugging Face one.
+    Raises `InputError` for a model that was never a Hugging Face one, and for quantised experts.
     """
+    _check_whole(model, path)
     check(
         bool(model.hf_config),
         f"cannot write {path}: the model was not imported and has no config.json",
     )
     return len(save_folder(model, path))
+
+
+def _check_whole(model: Imported, path: str | pathlib.Path) -> None:
+    check(
+        not is_quantized(model.experts),
+        f"cannot write {path}: the experts were quantised when they were read",
+    )

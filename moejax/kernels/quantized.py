@@ -61,8 +61,12 @@ Matrix: TypeAlias = jax.Array | Quantized
 
 def is_quantized(tree: Any) -> bool:
     """Whether any part of `tree` is `Quantized`."""
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Quantized))
-    return any(isinstance(node, Quantized) for node in nodes)
+    return any(whole_matrix(node) for node in jax.tree.leaves(tree, is_leaf=whole_matrix))
+
+
+def whole_matrix(node: Any) -> bool:
+    """An `is_leaf` for which quantised matrices are leaves, as arrays are."""
+    return isinstance(node, Quantized)
 
 
 def values_per_word(format: str) -> int:
@@ -114,4 +118,4 @@ def dequantize_tree(tree: Tree, dtype: jnp.dtype) -> Tree:
     def plain(leaf: Any) -> Any:
         return dequantize(leaf).astype(dtype) if isinstance(leaf, Quantized) else leaf
 
-    return jax.tree.map(plain, tree, is_leaf=lambda node: isinstance(node, Quantized))
+    return jax.tree.map(plain, tree, is_leaf=whole_matrix)

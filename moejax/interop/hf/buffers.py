@@ -5,10 +5,14 @@ copy it, straight to the memory that the sharding says.
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
+
+from moejax.experts.quantize import quantize_matrix
+from moejax.kernels.quantized import Quantized
 
 _ALIGNMENT = 64
 Bounds = tuple[tuple[int, int], ...]  # first and last + 1, per axis
@@ -52,6 +56,34 @@ class Buffers:
         jax.block_until_ready(shards)
         self._arrays = {}
         return jax.make_array_from_single_device_arrays(self.leaf.shape, self.leaf.sharding, shards)
+
+
+class QuantizedBuffers:
+    """The same for matrices that are quantised one by one, as they come."""
+
+    def __init__(self, leaf: Quantized, name: str):
+        """`leaf` is abstract, see `experts.quantize.abstract_quantized`; `name` is for errors."""
+        parts: Any = leaf  # of shapes, not of arrays
+        self.format, self.name = parts.format, name
+        self._parts = (Buffers(parts.q), Buffers(parts.scale))
+
+    def put(self, index: tuple[int, ...], value: np.ndarray) -> int:
+        """Writes the matrix `value`, of any dtype, at `index`; returns its quantised bytes.
+
+        Raises `InputError` for weights that are not finite.
+        """
+        both = quantize_matrix(value, self.format, f"{self.name}{list(index)}")
+        return sum(part.put(index, array) for part, array in zip(self._parts, both, strict=True))
+
+    def finish(self) -> Quantized:
+        """The quantised matrices."""
+        q, scale = (part.finish() for part in self._parts)
+        return Quantized(q=q, scale=scale, format=self.format)
+
+
+def make_buffers(name: str, leaf: jax.ShapeDtypeStruct | Quantized) -> Buffers | QuantizedBuffers:
+    """Room for one parameter; what is put there is quantised where `leaf` is."""
+    return QuantizedBuffers(leaf, name) if isinstance(leaf, Quantized) else Buffers(leaf)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

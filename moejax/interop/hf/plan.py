@@ -14,6 +14,7 @@ import jax
 
 from moejax.core.errors import check
 from moejax.interop.hf.rules import Either, Layout, Rule, Rules, Shape
+from moejax.kernels.quantized import whole_matrix
 from moejax.models.config import Cycle, DecoderConfig
 from moejax.models.params import DecoderParams, LayerParams
 
@@ -47,11 +48,11 @@ class Place:
 
 
 def leaves_of(tree: Any) -> dict[str, Any]:
-    """The leaves of (DecoderParams without experts, experts) by name."""
+    """The leaves of (DecoderParams without experts, experts) by name; quantised matrices whole."""
     dense, experts = tree
     named = jax.tree_util.tree_leaves_with_path(dense)
     leaves = {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in named}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(experts):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(experts, is_leaf=whole_matrix):
         leaves["experts." + jax.tree_util.keystr(path, simple=True, separator=".")] = leaf
     return leaves
 
