@@ -19,6 +19,19 @@ def olmoe_400m() -> DecoderConfig:
     )
 
 
+def mixtral_8x7b() -> DecoderConfig:
+    """Mixtral 8x7B (arXiv 2401.04088, table 1): 46.7B, 90 GB in bfloat16."""
+    return moe_decoder(
+        vocab_size=32000,
+        d_model=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        moe=MoEConfig(d_ff=14336, router=RouterConfig(num_experts=8, top_k=2)),
+    )
+
+
 def tiny() -> DecoderConfig:
     """The smallest model with every feature of the benchmarks, for their tests."""
     return moe_decoder(
@@ -32,7 +45,7 @@ def tiny() -> DecoderConfig:
     )
 
 
-SHAPES = {"olmoe-400m": olmoe_400m, "tiny": tiny}
+SHAPES = {"olmoe-400m": olmoe_400m, "mixtral-8x7b": mixtral_8x7b, "tiny": tiny}
 
 
 def get_shape(name: str) -> DecoderConfig:
