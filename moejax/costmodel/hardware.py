@@ -2,7 +2,8 @@
 
 Everything is per chip (a GPU, or a TPU chip, of which a 7x makes two JAX devices), in bytes, bytes
 per second and operations per second. A *datasheet* figure is the vendor's peak and is never
-reached; an *assumed* figure is ours, and a run on the machine should replace it.
+reached; an *assumed* figure is ours, and a run on the machine should replace it. A `Machine` is a
+chip in a host: what offloaded experts cost depends on both.
 """
 
 import dataclasses
@@ -67,3 +68,59 @@ def get_chip(name: str) -> Chip:
         if name == chip.name or name in chip.jax_kinds:
             return chip
     raise InputError(f"hardware {name!r} is not one of {', '.join(CHIPS)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """One chip and its share of a host. Peak rates; plan with `link_rate` and `host_rate`."""
+
+    name: str
+    chip: Chip
+    link_bytes_per_s: float  # host to device, one direction
+    dram_bytes_per_s: float  # of host memory
+    host_flops_per_s: float  # float32 multiply-adds of vector units
+
+    @property
+    def link_rate(self) -> float:
+        """Bytes per second that transfers reach."""
+        return REACHED * self.link_bytes_per_s
+
+    @property
+    def host_rate(self) -> float:
+        """Bytes per second that cores read beside a busy link: both draw on the same memory."""
+        return min(REACHED * self.dram_bytes_per_s, self.dram_bytes_per_s - self.link_rate)
+
+
+# Assumed: PreScope (arXiv 2509.23638) uses 79 % of PCIe, STREAM reaches about as much of DRAM.
+REACHED = 0.8
+# Memory is channels x 8 bytes x transfers per second, arithmetic cores x clock x 32 (AVX2) or
+# 64 (AVX-512); matrix units (AMX) are not counted. Desktops: 2 channels of DDR4-3200 and 8 cores of
+# 4.0 GHz, 2 of DDR5-5600 and 16 of 4.5 GHz. Servers: data sheets of EPYC 7763 (8 of DDR4-3200, 64
+# cores of 2.45 GHz) and Xeon 8480+ (8 of DDR5-4800, 56 cores of 2.0 GHz). TPU hosts: machine types
+# ct5lp and ct6e of docs.cloud.google.com have 24 and 44 hardware threads per chip; that a chip has
+# an eighth of two sockets of 8 x DDR4-3200 or of 12 x DDR5-4800 is assumed.
+_MACHINES = (
+    ("RTX4090-PCIe3", "RTX4090", 15.75e9, 51.2e9, 1.0e12),
+    ("RTX4090-PCIe4", "RTX4090", 31.5e9, 89.6e9, 2.3e12),
+    ("A100-PCIe4", "A100", 31.5e9, 204.8e9, 5.0e12),
+    ("H100-PCIe5", "H100", 63e9, 307.2e9, 7.2e12),
+    ("v5e-host", "v5e", 15.75e9, 51.2e9, 0.86e12),
+    ("v6e-host", "v6e", 31.5e9, 115.2e9, 1.7e12),
+)
+MACHINES: dict[str, Machine] = {
+    name: Machine(
+        name=name,
+        chip=CHIPS[chip],
+        link_bytes_per_s=link,
+        dram_bytes_per_s=dram,
+        host_flops_per_s=flops,
+    )
+    for name, chip, link, dram, flops in _MACHINES
+}
+
+
+def get_machine(name: str) -> Machine:
+    """The machine called `name`; `InputError` that lists the known ones."""
+    if name not in MACHINES:
+        raise InputError(f"hardware row {name!r} is not one of {', '.join(MACHINES)}")
+    return MACHINES[name]

@@ -5,7 +5,7 @@ import pytest
 
 from moejax.aot.targets import TARGETS
 from moejax.core.errors import InputError
-from moejax.costmodel.hardware import CHIPS, get_chip
+from moejax.costmodel.hardware import CHIPS, MACHINES, get_chip, get_machine
 
 
 def test_names_and_kinds_find_the_same_chip():
@@ -36,6 +36,18 @@ def test_figures_have_the_right_order_of_magnitude(chip):
     assert 30 < chip.hbm_bytes_per_s / chip.link_bytes_per_s < 200
     assert 2 < chip.hbm_bytes_per_s / chip.interconnect_bytes_per_s < 40
     assert 0.01 < chip.hbm_bytes / chip.hbm_bytes_per_s < 0.06
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+def test_link_and_cores_share_the_memory_of_a_host(machine):
+    assert machine.link_rate + machine.host_rate <= machine.dram_bytes_per_s
+    assert 1.5 < machine.host_rate / machine.link_rate < 8
+    assert 5 < machine.host_flops_per_s / machine.dram_bytes_per_s < 60
+
+
+def test_unknown_hardware_rows_are_listed():
+    with pytest.raises(InputError, match="hardware row 'PDP-10' is not one of RTX4090-PCIe3, RTX"):
+        get_machine("PDP-10")
 
 
 def test_kinds_are_not_claimed_twice():
