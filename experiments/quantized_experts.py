@@ -52,33 +52,51 @@ def main() -> None:
     )
     dense, experts = split_experts(params, model)
     score = _scorer(cfg, model)
-    formats = {"float32": measure(experts, experts, partial(score, dense))}
+    exact = score(dense, experts)
+    formats = {"float32": measure(experts, experts) | compare(exact, exact)}
     for name in get_args(Format):
         quantized = quantize_experts(experts, name)
-        formats[name] = measure(quantized, experts, partial(score, dense))
-    for figures in formats.values():
-        figures["added_bits_per_byte"] = (
-            figures["bits_per_byte"] - formats["float32"]["bits_per_byte"]
-        )
+        formats[name] = measure(quantized, experts) | compare(score(dense, quantized), exact)
     cli.write_report("quantized_experts", "numerics", {"formats": formats})
     show(formats)
 
 
 def _scorer(cfg: QuickstartConfig, model: DecoderConfig):
-    """(parameters without experts, experts) -> held-out bits per byte."""
+    """(parameters without experts, experts) -> held-out bits per byte of each batch of windows."""
     heldout, seq_len = load_corpus(cfg.data).heldout.data, cfg.train.seq_len
+    size = cfg.eval_batch_size
     starts = sample_windows(len(heldout), seq_len, cfg.eval_bytes)
+    check(
+        len(starts) >= 2 * size,
+        f"eval_bytes={cfg.eval_bytes} make {len(starts)} windows; two batches of {size} are needed",
+    )
+    starts = starts[: len(starts) // size * size]  # batches of equal weight
 
-    def score(dense: DecoderParams, experts: GatedWeights) -> float:
+    def score(dense: DecoderParams, experts: GatedWeights) -> np.ndarray:
         params = join_experts(dense, experts, model)
-        options = {"seq_len": seq_len, "batch_size": cfg.eval_batch_size}
-        return evaluate(params, heldout, starts, model, **options)[0]
+        run = partial(evaluate, model=model, seq_len=seq_len, batch_size=size)
+        batches = starts.reshape(-1, size)
+        return np.array([run(params, heldout, batch)[0] for batch in batches])
 
     return score
 
 
-def measure(experts: GatedWeights, exact: GatedWeights, score) -> dict[str, Any]:
-    """Figures of `experts` [L, E, ...] beside the `exact` ones; `score` gives bits per byte."""
+def compare(bits: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Bits per byte, what the format adds to the exact ones, and the standard error of that.
+
+    Of the paired differences of batches: what is hard to predict is so for both.
+    """
+    added = bits - exact
+    return {
+        "bits_per_byte": float(bits.mean()),
+        "added_bits_per_byte": float(added.mean()),
+        "added_standard_error": float(added.std(ddof=1) / len(added) ** 0.5),
+        "perplexity_ratio": float(2 ** added.mean()),
+    }
+
+
+def measure(experts: GatedWeights, exact: GatedWeights) -> dict[str, Any]:
+    """Bytes and errors of `experts` [L, E, ...] beside the `exact` ones."""
     stood_for = dequantize_tree(experts, jnp.float32)
     of_weights = [
         relative_error(np.asarray(got), np.asarray(want))
@@ -92,7 +110,6 @@ def measure(experts: GatedWeights, exact: GatedWeights, score) -> dict[str, Any]
         "weight_error": max(of_weights),
         "layer_error_lowest": min(of_layers),
         "layer_error_highest": max(of_layers),
-        "bits_per_byte": score(experts),
     }
 
 
@@ -116,7 +133,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 def show(formats: dict[str, dict[str, Any]]) -> None:
     """Prints the figures as a table."""
     table = Table()
-    titles = ("experts", "bytes", "bits/weight", "weights %", "layer %", "bits/byte", "added")
+    titles = ("experts", "bytes", "bits/weight", "weights %", "layer %", "bits/byte", "added", "+-")
     for title in titles:
         table.add_column(title, justify="left" if title == "experts" else "right")
     for name, one in formats.items():
@@ -128,7 +145,8 @@ def show(formats: dict[str, dict[str, Any]]) -> None:
             f"{100 * one['weight_error']:.2f}",
             f"{low:.2f} .. {high:.2f}",
             f"{one['bits_per_byte']:.4f}",
-            f"{one['added_bits_per_byte']:+.4f}",
+            f"{one['added_bits_per_byte']:+.5f}",
+            f"{one['added_standard_error']:.5f}",
         )
     Console(width=110).print(table)
 

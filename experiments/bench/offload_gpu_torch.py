@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from experiments.bench.decode_torch import Work
+from moejax.layers.attention import AttentionConfig
 from moejax.models.config import DecoderConfig
 
 PACKAGES = ("torch", "transformers", "accelerate")
@@ -30,14 +31,16 @@ def random_model(cfg: DecoderConfig, seed: int, device: str):
     from transformers import MixtralConfig, MixtralForCausalLM
     from transformers.initialization import no_init_weights
 
+    attention = cfg.attention
+    assert isinstance(attention, AttentionConfig)
     config = MixtralConfig(
         vocab_size=cfg.vocab_size,
         hidden_size=cfg.d_model,
         intermediate_size=cfg.moe.d_ff,
         num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.attention.num_heads,
-        num_key_value_heads=cfg.attention.num_kv_heads,
-        head_dim=cfg.attention.head_dim,
+        num_attention_heads=attention.num_heads,
+        num_key_value_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
         num_local_experts=cfg.moe.num_experts,
         num_experts_per_tok=cfg.moe.router.top_k,
         sliding_window=None,
@@ -67,7 +70,7 @@ def random_model(cfg: DecoderConfig, seed: int, device: str):
 
 def offload(model, budget: int):
     """Spreads the model over the first GPU, `budget` bytes of it, and host memory."""
-    import accelerate
+    import accelerate  # pyrefly: ignore[missing-import]
     import torch
 
     if not torch.cuda.is_available():
