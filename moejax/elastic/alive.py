@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -47,33 +47,41 @@ def run_alive(
     step: Callable[[Mesh, Any, int], Any],
     num_steps: int,
     *,
+    first_step: int = 0,
     live: Live = multihost_utils.live_devices,
     notify: Callable[[Event], None] = lambda event: None,
     completed: Callable[[int, Any], None] = lambda step, state: None,
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
     max_failures: int = 20,
 ) -> Any:
     """Takes `num_steps` steps in all, in this process or before it joined; the last state.
 
     Args:
-        state: a tree of host arrays, of a fresh run; a process that joins later passes the same.
+        state: a tree of host arrays, of a fresh run or of a checkpoint; a process that joins later
+            passes such a one too, and gets that of the others.
+        first_step: steps that led to `state`; the most advanced process is followed.
         step: called as `step(mesh, state, i)` on a mesh with the one axis `data`, over the devices
             that are alive; returns the new state as host arrays, the same on all processes.
         completed: called with the number of steps taken and the state after each.
+        guard: entered around what this process does between waiting for others, such as
+            `Watchdog.guard`; its limit must be longer than that of a collective.
         notify: told of every change of membership and of every failed step.
 
     Raises the last error of a step after `max_failures` failures in a row.
     """
     check(num_steps >= 0, f"num_steps={num_steps} must not be negative")
-    done, members, failures = 0, (), 0
+    done, members, failures = first_step, (), 0
     while done < num_steps:
         try:
             with live(list(devices)) as alive:
                 now = _members(alive, live)
-                mesh = Mesh(np.array(_ordered(alive, now)), (AXIS,), axis_types=(AxisType.Auto,))
-                if now != members:
-                    done, state = hand_over(mesh, done, state)
-                    notify(Event(step=done, kind="members", detail=f"{len(now)} devices"))
-                new = step(mesh, state, done) if done < num_steps else state
+                order = np.array(_ordered(alive, now))
+                mesh = Mesh(order, (AXIS,), axis_types=(AxisType.Auto,))
+                with guard():
+                    if now != members:
+                        done, state = hand_over(mesh, done, state)
+                        notify(Event(step=done, kind="members", detail=f"{len(now)} devices"))
+                    new = step(mesh, state, done) if done < num_steps else state
         except Exception as error:
             # Which exceptions a dead peer causes depends on the backend; a bug of ours fails again.
             failures += 1

@@ -1,5 +1,7 @@
 """A regression whose step is a function of the global batch, whatever the mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,15 +21,9 @@ def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
     return x, x @ np.float32([1, -2, 3, 0.5]) + 0.1 * rng.standard_normal(BATCH).astype(np.float32)
 
 
-def train_step(mesh: Mesh, state: dict, step: int) -> dict:
-    """One step of momentum descent; rows over the mesh, a number of devices that divides 12."""
-    rows, everywhere = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
-
-    def place(value, sharding):
-        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-    x, y = (place(part, rows) for part in batch(step))
-    old = {name: place(np.asarray(leaf), everywhere) for name, leaf in state.items()}
+@functools.cache
+def _update_on(mesh: Mesh):
+    """Momentum descent, compiled once per mesh."""
 
     def update(state, x, y):
         def loss(w):
@@ -37,5 +33,17 @@ def train_step(mesh: Mesh, state: dict, step: int) -> dict:
         momentum = 0.9 * state["momentum"] + grad
         return {"w": state["w"] - 0.05 * momentum, "momentum": momentum, "loss": value}
 
-    new = jax.jit(update, out_shardings=everywhere)(old, x, y)
+    return jax.jit(update, out_shardings=NamedSharding(mesh, P()))
+
+
+def train_step(mesh: Mesh, state: dict, step: int) -> dict:
+    """One step of momentum descent; rows over the mesh, a number of devices that divides 12."""
+    rows, everywhere = NamedSharding(mesh, P(AXIS)), NamedSharding(mesh, P())
+
+    def place(value, sharding):
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    x, y = (place(part, rows) for part in batch(step))
+    old = {name: place(np.asarray(leaf), everywhere) for name, leaf in state.items()}
+    new = _update_on(mesh)(old, x, y)
     return {name: np.asarray(leaf.addressable_data(0)) for name, leaf in new.items()}

@@ -2,10 +2,13 @@
 
     python -m tests.elastic.processes_child PORT INDEX FILE STEPS PAUSE MOMENT
 
-MOMENT is `never`, `start` (joined, no step taken), `in:N` (in step N, before its collective) or
-`after:N` (step N done here, the others may not know). Writes state, events and seconds to FILE.
+MOMENT is `never`, `start` (joined, no step taken), `in:N` (in step N, before its collective),
+`after:N` (step N done here, the others may not know), `save:N` (while checkpoint N is written),
+`rejoin` (when the others have taken it in) or `hang:N` (in step N, for ever). Process 0 keeps
+checkpoints in FILE.saves. Writes state, events and seconds to FILE.
 """
 
+import contextlib
 import os
 import pathlib
 import pickle
@@ -15,48 +18,79 @@ import time
 
 # A rank whose neighbour lives on but has given up would wait half an hour for it.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_timeout_seconds=4"
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_timeout_seconds=2"
 )
 
 import jax  # noqa: E402
 
 from moejax.elastic.alive import run_alive  # noqa: E402
+from moejax.elastic.saves import open_alone, save_state  # noqa: E402
 from moejax.elastic.watchdog import Watchdog  # noqa: E402
 from tests.elastic.problem import START, train_step  # noqa: E402
+
+SAVE_EVERY = 2
+STUCK_S = 8.0
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Child:
+    """The run's callbacks."""
+
+    def __init__(self, pause, moment, saves):
+        self.kind, _, at = moment.partition(":")
+        self.at, self.pause, self.saves = int(at or -1), pause, saves
+        self.events, self.seconds, self.begin = [], [], time.monotonic()
+
+    def step(self, mesh, state, number):
+        if self.kind == "in" and number == self.at:
+            kill()
+        if self.kind == "hang" and number == self.at:
+            time.sleep(1000)
+        new = train_step(mesh, state, number)
+        if self.kind == "after" and number == self.at:
+            kill()
+        time.sleep(self.pause)
+        return new
+
+    def notify(self, event):
+        self.events.append(event)
+        if self.kind == "rejoin" and event.kind == "members":
+            kill()
+
+    def completed(self, number, state):
+        self.seconds.append(time.monotonic() - self.begin)
+        self.begin = time.monotonic()
+        if self.saves is not None and number % SAVE_EVERY == 0:
+            save_state(self.saves, number, state)
+        if self.kind == "save" and number == self.at:
+            kill()  # the files are being written
 
 
 def main(port, index, file, steps, pause, moment):
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_enable_recoverability", True)
-    jax.distributed.initialize(f"localhost:{port}", 3, int(index), heartbeat_timeout_seconds=5)
-    kind, _, at = moment.partition(":")
+    jax.distributed.initialize(f"localhost:{port}", 3, int(index), heartbeat_timeout_seconds=4)
     devices = jax.devices()
-    if kind == "start":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def step(mesh, state, number):
-        if kind == "in" and number == int(at):
-            os.kill(os.getpid(), signal.SIGKILL)
-        new = train_step(mesh, state, number)
-        if kind == "after" and number == int(at):
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(float(pause))
-        return new
-
-    events, seconds, begin = [], [], [time.monotonic()]
-    with Watchdog(60.0) as watchdog:
-
-        def completed(number, state):
-            seconds.append(time.monotonic() - begin[0])
-            begin[0] = time.monotonic()
-            watchdog.beat()
-
+    if moment == "start":
+        kill()
+    alone = open_alone(f"{file}.saves") if index == "0" else contextlib.nullcontext()
+    with alone as saves, Watchdog(STUCK_S) as watchdog:
+        child = Child(float(pause), moment, saves)
         state = run_alive(
-            devices, START, step, int(steps), notify=events.append, completed=completed
+            devices,
+            START,
+            child.step,
+            int(steps),
+            notify=child.notify,
+            completed=child.completed,
+            guard=watchdog.guard,
         )
-    result = {"state": state, "events": events, "seconds": seconds}
+    result = {"state": state, "events": child.events, "seconds": child.seconds}
     pathlib.Path(file).write_bytes(pickle.dumps(result))
-    print(events, flush=True)
+    print(child.events, flush=True)
     os._exit(0)  # the shutdown barrier would wait for those who are gone
 
 

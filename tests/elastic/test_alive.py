@@ -1,16 +1,15 @@
 """A run whose devices come and go is the run that kept them all.
 
-One process plays the part of `live_devices`; `processes_child` is the same with processes.
+First one process plays the part of `live_devices`. Then three processes, one of which dies at any
+moment: the others go on, or end and say why. Ten moments are drawn from a seed, two of each kind.
+The newest checkpoint must be whole and equal that of the unkilled run.
 """
 
 import contextlib
-import os
-import pathlib
+import functools
 import pickle
 import signal
-import socket
-import subprocess
-import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,10 @@ import pytest
 
 from moejax.core.errors import InputError
 from moejax.elastic.alive import AXIS, hand_over, run_alive
+from moejax.elastic.saves import latest_state, open_alone
+from moejax.elastic.watchdog import EXIT_STUCK
+from tests.elastic.faults import draw_moments, start
 from tests.elastic.problem import START, train_step
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Scripted:
@@ -45,12 +45,20 @@ def whole():
 
 
 def test_shrinking_and_growing_changes_nothing(whole):
-    events, steps = [], []
+    events, steps, guarded = [], [], []
     live = Scripted([6, 6, 6, 3, 3, 2, 6], failing=(2,))
+
+    @contextlib.contextmanager
+    def guard():
+        guarded.append("in")
+        yield
+        guarded.append("out")
+
     got = run_alive(
-        jax.devices(), START, train_step, 8, live=live,
+        jax.devices(), START, train_step, 8, live=live, guard=guard,
         notify=events.append, completed=lambda step, state: steps.append(step),
     )  # fmt: skip
+    assert guarded == ["in", "out"] * 9  # eight steps, one of them twice
     assert steps == list(range(1, 9))
     assert [(e.step, e.kind) for e in events] == [
         (0, "members"), (2, "retry"), (2, "members"), (4, "members"), (5, "members"),
@@ -92,52 +100,78 @@ def test_the_problem_is_a_function_of_the_batch_only():
     np.testing.assert_allclose(two["w"], three["w"], rtol=1e-6)
 
 
-def _child(port, index, *arguments):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
-    command = [sys.executable, "-m", "tests.elastic.processes_child", str(port), str(index)]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+STEPS, LONG = 8, 60  # long enough to be started again in
+MOMENTS = draw_moments(0)
+DEFAULT = [MOMENTS[0], MOMENTS[6]]  # in a step, and the coordinator in a save
+
+
+@functools.cache
+def unkilled(steps):
+    """The state after every step of a run without faults."""
+    states = [START]
+    run_alive(
+        jax.devices(), START, train_step, steps,
+        live=Scripted([3]), completed=lambda step, state: states.append(state),
     )  # fmt: skip
+    return states
 
 
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+def _assert_same(got, want):
+    for name, leaf in want.items():
+        np.testing.assert_allclose(got[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-# Where process 2 dies: before its first step; in a step, before and after the others could finish
-# it; and where it is started again.
-MOMENTS = [("in:2", False), ("start", False), ("after:4", False), ("in:3", True), ("after:1", True)]
+def _newest(folder):
+    """The newest checkpoint, with its step."""
+    with open_alone(folder / "0.saves") as saves:
+        return latest_state(saves, START)
 
 
 @pytest.mark.parametrize(
-    "moment, again",
-    [pytest.param(*one, marks=[] if one in MOMENTS[:1] else [pytest.mark.full]) for one in MOMENTS],
+    "moment, victim",
+    [pytest.param(*one, marks=[] if one in DEFAULT else [pytest.mark.full]) for one in MOMENTS],
 )
-def test_processes_go_on_without_the_one_that_died(tmp_path, moment, again):
-    """Of three processes one is killed; the others end with the weights of an unkilled run."""
-    steps, port = 60 if again else 8, _free_port()
-    pause = 0.5 if again else 0.0
-    files = [tmp_path / str(i) for i in range(3)]
-    children = [
-        _child(port, i, files[i], steps, pause, moment if i == 2 else "never") for i in range(3)
-    ]
-    assert children[2].wait(120) == -signal.SIGKILL
-    if again:
-        children[2] = _child(port, 2, files[2], steps, pause, "never")
-    outputs = [child.communicate(timeout=240)[0] for child in children]
-    staying = children if again else children[:2]
-    assert [child.returncode for child in staying] == [0] * len(staying), outputs
-    want = run_alive(jax.devices(), START, train_step, steps, live=Scripted([3]))
-    results = [pickle.loads(file.read_bytes()) for file in files[: len(staying)]]
-    for result in results:
-        for name, leaf in want.items():
-            np.testing.assert_allclose(result["state"][name], leaf, rtol=1e-5, atol=1e-6)
+def test_a_process_dies(tmp_path, moment, victim):
+    rejoins = moment == "rejoin"
+    first = {"rejoin": "in:2"}.get(moment, moment)
+    steps, pause = (LONG, 0.5) if rejoins else (STEPS, 0.0)
+    children, start_again = start(tmp_path, steps, pause, {victim: first})
+    assert children[victim].wait(120) == -signal.SIGKILL
+    died = time.monotonic()
+    if rejoins:
+        again = start_again(victim, moment)
+        assert again.wait(120) == -signal.SIGKILL, again.communicate()[0]
+    outputs = {i: children[i].communicate(timeout=240)[0] for i in range(3) if i != victim}
+    lasted = time.monotonic() - died
+    step, state = _newest(tmp_path)
+    want = unkilled(steps)
+    _assert_same(state, want[step])
+    if victim == 0:
+        for index, output in outputs.items():
+            assert children[index].returncode not in (0, EXIT_STUCK), output
+            assert "coordination service" in output.lower(), output
+            assert lasted < 30, lasted
+        # From the newest checkpoint on the run ends as it would have.
+        two = Scripted([2])
+        last = run_alive(jax.devices(), state, train_step, STEPS, first_step=step, live=two)
+        _assert_same(last, want[STEPS])
+        return
+    for index, output in outputs.items():
+        assert children[index].returncode == 0, output
+        result = pickle.loads((tmp_path / str(index)).read_bytes())
+        _assert_same(result["state"], want[steps])
         last = result["events"][-1]
-        assert last.kind == "members" and last.detail == f"{len(staying)} devices", outputs
-    lost = results[0]["events"]
-    assert any(e.kind == "retry" for e in lost) or moment == "start", lost
-    # No step takes longer than it takes to notice, and to start again.
-    assert again or max(results[0]["seconds"][1:]) < 20
+        assert last.kind == "members" and last.detail == "2 devices", output
+        # No step takes longer than it takes to notice, and to start again.
+        assert max(result["seconds"][1:]) < 20, result["seconds"]
+
+
+@pytest.mark.full
+def test_a_stuck_process_is_ended_and_the_others_go_on(tmp_path):
+    children, _ = start(tmp_path, STEPS, 0.0, {1: "hang:3"})
+    outputs = [child.communicate(timeout=240)[0] for child in children]
+    assert [child.returncode for child in children] == [0, EXIT_STUCK, 0], outputs
+    assert "no step for" in outputs[1]
+    for index in (0, 2):
+        result = pickle.loads((tmp_path / str(index)).read_bytes())
+        _assert_same(result["state"], unkilled(STEPS)[STEPS])

@@ -39,6 +39,22 @@ def test_beats_keep_it_quiet():
     assert told == []
 
 
+def test_who_waits_for_others_is_not_stuck():
+    told, heard = [], threading.Event()
+
+    def stuck(seconds):
+        told.append(seconds)
+        heard.set()
+
+    with Watchdog(0.3, stuck) as watchdog:
+        with watchdog.guard():
+            pass
+        time.sleep(0.6)
+        assert told == []
+        with watchdog.guard():
+            assert heard.wait(20)
+
+
 def test_a_stuck_process_ends():
     code = (
         "import time; from moejax.elastic.watchdog import Watchdog\n"
