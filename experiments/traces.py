@@ -25,7 +25,7 @@ class Model:
 
     file: str  # in SHIPPED, or in the folder that FOLDER names
     shipped: bool
-    dense_bytes: int  # of a layer's attention, router and shared experts: mean over layers
+    dense_bytes: float  # of a layer's attention, router and shared experts: mean over layers
     bits_per_weight: float  # of the experts as stored
 
 

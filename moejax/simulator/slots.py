@@ -1,0 +1,93 @@
+"""The cache of a simulated step: slots per layer, and who leaves them.
+
+LRU and LFU are the functions of `moejax.offload.policies` that the compiled step runs; a victim is
+what their `pick_victim` would pick.
+
+Axis letters:
+    L  MoE layers      E  experts
+"""
+
+import dataclasses
+
+import numpy as np
+
+from moejax.costmodel.admission import average_scores
+from moejax.costmodel.quotas import solve_quotas, static_hit_curve
+from moejax.offload.policies import POLICIES, Usage
+from moejax.simulator.plans import Plan
+from moejax.simulator.workload import Workload
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Slots:
+    """What is resident, and the counters that policies read."""
+
+    keep: str
+    decay: float
+    resident: np.ndarray  # bool [L, E]
+    last_used: np.ndarray  # int32 [L, E]
+    uses: np.ndarray  # int32 [L, E]
+    scores: np.ndarray  # float64 [L, E], moving average of tokens per step
+    clock: int = 0
+
+
+def fill_slots(work: Workload, plan: Plan, slots: int) -> Slots:
+    """A cache of the past's most used experts, with `slots` slots over all layers."""
+    layers, e = work.past.shape
+    quotas = np.zeros(layers, np.int64)
+    if plan.keep != "none":
+        quotas += slots // layers + (np.arange(layers) < slots % layers)
+        if plan.quotas:
+            quotas = solve_quotas(static_hit_curve(work.past), slots, least=1)
+    rank = np.argsort(np.argsort(-work.past, axis=1, kind="stable"), axis=1, kind="stable")
+    share = work.past / np.maximum(1, work.past.sum(1, keepdims=True))
+    return Slots(
+        keep=plan.keep,
+        decay=plan.decay,
+        resident=rank < np.minimum(quotas, e)[:, None],
+        last_used=np.full((layers, e), -1, np.int32),
+        uses=work.past.astype(np.int32),
+        scores=share * work.tokens[0].sum() / layers,
+    )
+
+
+def touch(cache: Slots, layer: int, tokens: np.ndarray) -> None:
+    """Counts a call: the experts of `layer` that served `tokens` (int [E]) tokens."""
+    used = tokens > 0
+    cache.last_used[layer, used] = cache.clock
+    cache.uses[layer, used] += 1
+    cache.clock += 1
+    cache.scores[layer] = average_scores(cache.scores[layer], tokens, cache.decay)
+
+
+def insert(cache: Slots, layer: int, arrived: np.ndarray, wanted: np.ndarray) -> None:
+    """Lets experts that were moved take the slots of others; never of what the call wants.
+
+    With `average` an expert enters only in place of one with a lower score. What finds no slot was
+    computed from its landing buffer and is gone.
+    """
+    if cache.keep in ("none", "static") or len(arrived) == 0:
+        return
+    leaving = np.flatnonzero(cache.resident[layer] & ~wanted)
+    if cache.keep == "average":
+        scores = cache.scores[layer]
+        arrived = arrived[np.argsort(-scores[arrived], kind="stable")]
+        leaving = leaving[np.argsort(scores[leaving], kind="stable")]
+        pairs = min(len(arrived), len(leaving))
+        worth = int(np.sum(scores[arrived[:pairs]] > scores[leaving[:pairs]]))
+        arrived, leaving = arrived[:worth], leaving[:worth]
+    else:
+        leaving = leaving[np.lexsort([k[leaving] for k in reversed(_key(cache, layer))])]
+        pairs = min(len(arrived), len(leaving))
+        arrived, leaving = arrived[:pairs], leaving[:pairs]
+    cache.resident[layer, leaving] = False
+    cache.resident[layer, arrived] = True
+
+
+def _key(cache: Slots, layer: int) -> list[np.ndarray]:
+    usage = Usage(
+        last_used=cache.last_used[layer],  # pyrefly: ignore[bad-argument-type]
+        uses=cache.uses[layer],  # pyrefly: ignore[bad-argument-type]
+        clock=np.int32(cache.clock),  # pyrefly: ignore[bad-argument-type]
+    )
+    return [np.asarray(part) for part in POLICIES[cache.keep](usage)]

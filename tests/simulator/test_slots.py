@@ -1,0 +1,63 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.offload.policies import POLICIES, Usage, pick_victim
+from moejax.simulator.plans import Plan
+from moejax.simulator.slots import fill_slots, insert, touch
+from moejax.simulator.workload import lanes_of_trace, make_workload
+from tests.simulator.test_stack import random_trace
+from tests.simulator.test_workload import FACTS
+
+
+@pytest.fixture(scope="module")
+def work():
+    lanes = lanes_of_trace(random_trace(lengths=(20, 18), skip=0), 1)
+    return make_workload(lanes, slice(0, 19), slice(19, 38), recall=0.8, **FACTS)
+
+
+@pytest.mark.parametrize("keep", ["lru", "lfu"])
+def test_victims_are_those_of_the_compiled_step(work, keep):
+    cache = fill_slots(work, Plan(name="", serve="fetch", keep=keep), 8)
+    for tokens in work.tokens:
+        layer = cache.clock % 2
+        wanted = tokens[layer] > 0
+        touch(cache, layer, tokens[layer])
+        resident = cache.resident[layer].copy()
+        usage = Usage(
+            last_used=jnp.array(cache.last_used[layer]),
+            uses=jnp.array(cache.uses[layer]),
+            clock=jnp.int32(cache.clock),
+        )
+        arrived = np.flatnonzero(wanted & ~resident)
+        insert(cache, layer, arrived, wanted)
+        for expert in arrived:
+            if (resident & ~wanted).any():
+                resident[int(pick_victim(POLICIES[keep](usage), jnp.array(resident & ~wanted)))] = 0
+                resident[expert] = True
+        np.testing.assert_array_equal(cache.resident[layer], resident)
+    assert cache.resident.sum() == 8
+
+
+def test_average_lets_in_only_what_is_worth_more(work):
+    cache = fill_slots(work, Plan(name="", serve="fetch", keep="average"), 6)
+    cache.scores[0] = [0.5, 0.1, 0.3, 0.2, 0.9, 0.05, 0.4]
+    cache.resident[0] = [True, True, True, False, False, False, False]
+    wanted = np.array([False, False, False, True, True, True, False])
+    insert(cache, 0, np.array([3, 4, 5]), wanted)  # 4 replaces 1; 3 is not worth 2
+    assert np.flatnonzero(cache.resident[0]).tolist() == [0, 2, 4]
+
+
+def test_caches_start_with_what_was_hot_and_quotas_follow_the_use(work):
+    cache = fill_slots(work, Plan(name="", serve="fetch", keep="static"), 7)
+    assert cache.resident.sum(1).tolist() == [4, 3]
+    coldest = [work.past[layer][cache.resident[layer]].min() for layer in (0, 1)]
+    assert all(coldest[x] >= work.past[x][~cache.resident[x]].max() for x in (0, 1))
+    flat = dataclasses.replace(work, past=np.array([[9] * 7, [50, 40, 0, 0, 0, 0, 0]]))
+    quotas = fill_slots(flat, Plan(name="", serve="fetch", keep="static", quotas=True), 7)
+    assert quotas.resident.sum(1).tolist() == [5, 2]
+    none = fill_slots(work, Plan(name="", serve="fetch"), 7)
+    insert(none, 0, np.array([1]), work.tokens[0, 0] > 0)
+    assert none.resident.sum() == 0
