@@ -1,13 +1,13 @@
 """The program on a recorded run, and what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
-from tests.experiments.test_replay_trace import ROOT
+from experiments import routing_consistency
+from moejax.core.errors import InputError
 
 REFUSED = {
     "": "--trace is missing",
@@ -20,42 +20,25 @@ REFUSED = {
 }
 
 
-def run_child(module, stdin="", *args):
-    env = {k: v for k, v in os.environ.items() if k != "MOEJAX_TRACES"}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *args],
-        input=stdin,
-        cwd=ROOT,
-        env=env | {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refusals(module, lines):
-    """What `module` says to wrong command lines, all run in one process."""
-    cases = json.dumps([{"args": line.split(), "fault": None} for line in lines])
-    out = run_child("tests.experiments.wrong_input_child", cases, module)
-    return dict(zip(lines, json.loads(out.splitlines()[-1]), strict=True))
-
-
-@pytest.fixture(scope="module")
-def refused():
-    return refusals("experiments.routing_consistency", list(REFUSED))
+def run_main(program, line):
+    """Runs a program's `main` in this process, under the flags of `line`."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["program", *line.split()])
+        program.main()
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_wrong_input_ends_in_one_line(refused, line):
-    result = refused[line]
-    assert result["status"] == 2 and result["stderr"].count("\n") == 1, result["stderr"]
-    assert REFUSED[line] in result["stderr"]
+def test_wrong_input_is_refused_in_one_line(line, monkeypatch):
+    monkeypatch.delenv("MOEJAX_TRACES", raising=False)
+    with pytest.raises(InputError) as error:
+        run_main(routing_consistency, line)
+    assert REFUSED[line] in str(error.value) and "\n" not in str(error.value)
 
 
-def test_measures_a_recorded_run(tmp_path):
-    args = ("--trace=gptoss", "--rho=1,4", "--windows=4,16", f"--json={tmp_path}/out.json")
-    printed = run_child("experiments.routing_consistency", "", *args)
+def test_measures_a_recorded_run(tmp_path, capsys):
+    line = f"--trace=gptoss --rho=1,4 --windows=4,16 --json={tmp_path}/out.json"
+    run_main(routing_consistency, line)
+    printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out.json").read_text())
     figures = report["figures"]
     assert report["rung"] == "simulated" and figures["sequences_excluded"] == {"4": 0, "16": 0}

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from experiments import simulate_offload
+from moejax.core.errors import InputError
 from moejax.simulator.plans import FIXED
-from tests.experiments.test_routing_consistency import refusals, run_child
+from tests.experiments.test_routing_consistency import run_main
 
 REFUSED = {
     "--hardware=abacus": "hardware row 'abacus' is not one of RTX4090-PCIe3",
@@ -16,31 +18,27 @@ REFUSED = {
     "--traces=my.npz": "--traces=my.npz: a path also wants --dense_bytes and --bits_per_weight",
     "--traces=my.npz --dense_bytes=9 --bits_per_weight=4": "my.npz: No such file or directory",
     "--traces=deepseek_v2_lite": "not shipped; name its folder in MOEJAX_TRACES",
-    "--recall=1.5": "--recall=1.5: 1.5 is not",
 }
 
 
-@pytest.fixture(scope="module")
-def refused():
-    return refusals("experiments.simulate_offload", list(REFUSED))
-
-
 @pytest.mark.parametrize("line", REFUSED)
-def test_wrong_input_ends_in_one_line(refused, line):
-    result = refused[line]
-    assert result["status"] == 2 and result["stderr"].count("\n") == 1, result["stderr"]
-    assert REFUSED[line] in result["stderr"]
+def test_wrong_input_is_refused_in_one_line(line, monkeypatch):
+    monkeypatch.delenv("MOEJAX_TRACES", raising=False)
+    with pytest.raises(InputError) as error:
+        run_main(simulate_offload, line)
+    assert REFUSED[line] in str(error.value) and "\n" not in str(error.value)
 
 
-def test_reports_every_case(tmp_path):
-    args = ("--traces=gptoss", "--hardware=A100-PCIe4", "--batches=16", "--max_steps=6")
-    printed = run_child("experiments.simulate_offload", "", *args, f"--json={tmp_path}/out.json")
+def test_reports_every_case(tmp_path, capsys):
+    line = "--traces=gptoss --hardware=A100-PCIe4 --batches=64"
+    run_main(simulate_offload, f"{line} --json={tmp_path}/out.json")
+    printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out.json").read_text())
     figures = report["figures"]
     assert report["rung"] == "simulated"
     (label, case), *others = figures["cases"].items()
-    assert label == "gptoss B=16 A100-PCIe4" and not others
-    assert case["trace_is_cut"] and (case["steps_to_choose"], case["steps_scored"]) == (2, 3)
+    assert label == "gptoss B=64 A100-PCIe4" and not others
+    assert case["trace_is_cut"] and (case["steps_to_choose"], case["steps_scored"]) == (1, 1)
     assert set(case["fixed_ms"]) == set(figures["gain_over"]) == set(FIXED)
     best = min(case["fixed_ms"].values())
     assert case["best_fixed"] in FIXED and case["fixed_ms"][case["best_fixed"]] == best
@@ -52,5 +50,5 @@ def test_reports_every_case(tmp_path):
     ablation = figures["ablation_ms"][label]
     assert ablation["+ host compute"] < 0.5 * ablation["on_demand"]
     assert all("simulated" in line for line in printed.splitlines() if " ms per " in line)
-    assert "simulated from one text cut into pieces: gptoss B=16" in printed
+    assert "simulated from one text cut into pieces: gptoss B=64" in printed
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
