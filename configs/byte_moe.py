@@ -6,7 +6,9 @@
 A small run for a CPU; a real one overrides sizes by `--set` or has a file of its own.
 """
 
-from configs.run import ModelConfig, RunConfig
+from configs.model import ModelConfig
+from configs.run import RunConfig
+from moejax.routing.config import RouterConfig
 from moejax.training.config import TrainConfig
 
 
@@ -16,8 +18,7 @@ def get_config() -> RunConfig:
             num_layers=4,
             d_model=128,
             d_ff=128,
-            num_experts=16,
-            top_k=2,
+            router=RouterConfig(num_experts=16, top_k=2),
             num_heads=2,
             num_kv_heads=2,
             head_dim=64,

@@ -1,46 +1,12 @@
 """What a config of `experiments/train.py` consists of; each file beside this one may make one."""
 
 import dataclasses
-from typing import Literal
 
+from configs.model import ModelConfig
 from moejax.core.errors import check
 from moejax.data.text import TextConfig
-from moejax.layers.moe import MoEConfig
-from moejax.models.config import DecoderConfig, moe_decoder
-from moejax.routing.config import RouterConfig
 from moejax.sync.config import SyncConfig
 from moejax.training.config import TrainConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The knobs of a decoder over bytes whose layers are all equal MoE layers."""
-
-    num_layers: int
-    d_model: int
-    d_ff: int  # of one expert
-    num_experts: int
-    top_k: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    shared_d_ff: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def decoder(self) -> DecoderConfig:
-        """Raises `InputError` where the knobs do not fit together."""
-        router = RouterConfig(num_experts=self.num_experts, top_k=self.top_k)
-        return moe_decoder(
-            vocab_size=256,
-            d_model=self.d_model,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            moe=MoEConfig(d_ff=self.d_ff, router=router, shared_d_ff=self.shared_d_ff),
-            embed_scale=self.d_model**0.5,
-            dtype=self.dtype,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,16 +24,15 @@ from rich.table import Table
 
 from experiments import cli
 from experiments.bench.moe_layer_arms import ragged_ffn
+from experiments.routed import serve_routed
 from moejax.aot.compile import compile_for
 from moejax.aot.gpu import compile_for_h100
 from moejax.aot.targets import get_target, target_mesh
 from moejax.collectives.inspect import Inspection, inspect_collectives
 from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
-from moejax.core.structs import Routing
 from moejax.dispatch.api import make_dispatch
 from moejax.dispatch.overlap import overlap_options
-from moejax.dispatch.ranks import combined
 from moejax.experts.slotted import slotted
 from moejax.experts.stage import resident_by
 from moejax.kernels.grouped_ffn import GatedWeights
@@ -41,6 +40,7 @@ from moejax.kernels.grouped_ffn import GatedWeights
 TARGETS = flags.DEFINE_list(
     "targets", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4", "7x:2x2x1"], "8 devices each"
 )
+CHOSEN = flags.DEFINE_list("arms", None, "some arms by the strategy's name; default: all")
 CHUNKS = flags.DEFINE_list("chunks", ["1", "2"], "numbers of chunks")
 H100 = "h100:8"
 RANKS, TOKENS, EXPERTS, TOP_K, MODEL_DIM, HIDDEN_DIM = 8, 512, 64, 8, 2048, 1024
@@ -66,15 +66,18 @@ ARMS = {
     ),
     "gather": Arm(strategy="gather", arguments=RAGGED),
     "gather, options": Arm(strategy="gather", arguments=RAGGED, with_options=True),
+    "ragged, options": Arm(strategy="ragged", arguments=RAGGED, with_options=True),
+    # One level, all that a mesh of one axis has.
+    "hierarchical, options": Arm(strategy="hierarchical", arguments=RAGGED, with_options=True),
+    "grouped, options": Arm(
+        strategy="grouped", arguments=RAGGED | {"num_groups": RANKS}, with_options=True
+    ),
 }
 
 
 def layer(stage: Callable[..., Any], x, topk_idx, topk_weights, experts):
     """float32 [], something to differentiate."""
-    logits = jnp.zeros_like(topk_weights)
-    routing = Routing(topk_idx=topk_idx, topk_weights=topk_weights, router_logits=logits)
-    outputs, _, _ = stage(x, routing, experts, jnp.int32(0), None)
-    y = combined(outputs, topk_weights)
+    y, _ = serve_routed(stage, x, topk_idx, topk_weights, experts)
     return jax.lax.psum(jnp.sum(jnp.square(y)), "expert")
 
 
@@ -110,6 +113,7 @@ def jobs_of(targets: list[str], chunks: list[int]) -> list[tuple[str, str, int]]
         for name, arm in ARMS.items()
         for r in chunks
         if not arm.with_options or overlap_options(platform_of(target))
+        if CHOSEN.value is None or arm.strategy in CHOSEN.value
     ]
 
 
@@ -153,6 +157,9 @@ def main() -> None:
     chunks = [int(one) for one in CHUNKS.value if one.strip().isdigit() and int(one) > 0]
     check(len(chunks) == len(CHUNKS.value), f"--chunks={CHUNKS.value} are not positive numbers")
     check_targets(TARGETS.value)
+    strategies = sorted({arm.strategy for arm in ARMS.values()})
+    for name in CHOSEN.value or ():
+        check(name in strategies, f"--arms={name} is not one of {', '.join(strategies)}")
     if H100 in TARGETS.value:
         cli.use_cpu_devices(RANKS)
     details: dict[str, Any] = {}

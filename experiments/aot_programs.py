@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.aot.compile import abstract
 from moejax.core.errors import check
-from moejax.core.memory import device_sharding, fetch_rows, host_sharding, nbytes
+from moejax.core.memory import device_sharding, fetch_rows, host_sharding
 from moejax.core.mesh import check_divisible
 from moejax.experts.gated import gated_mlp, init_experts
 from moejax.experts.quantize import abstract_quantized
@@ -27,7 +27,8 @@ from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.kernels.quantized import Format
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import DecoderConfig, moe_decoder
-from moejax.models.decoder import init_cache, init_decoder
+from moejax.models.decoder import init_decoder
+from moejax.models.footprint import footprint
 from moejax.offload.budget import Footprint, parse_budget, solve_slots
 from moejax.offload.prefetch import FetchMode
 from moejax.offload.slots import write_row
@@ -84,25 +85,17 @@ class DecodeStep:
 
     def footprint(self, params: Any, experts: GatedWeights, ranks: int) -> Footprint:
         """What one device holds besides slots."""
-        cfg = self.model()
-        kv = jax.eval_shape(lambda: init_cache(cfg, self.batch, self.capacity))
-        return Footprint(
-            dense_bytes=nbytes(params),
-            kv_bytes=nbytes(kv),
-            workspace_bytes=self.workspace_mib * 2**20,
-            expert_bytes=expert_bytes(experts),
-            num_layers=cfg.num_moe_layers,
-            num_experts=cfg.moe.num_experts // ranks,
-            landing_experts=self.prefetch_lanes + 1,
-        )
+        sizes = dict(batch=self.batch, capacity=self.capacity, lanes=self.prefetch_lanes)
+        wants = footprint(self.model(), params, experts, ranks=ranks, **sizes)
+        return dataclasses.replace(wants, workspace_bytes=self.workspace_mib * 2**20)
 
-    def offload(self, footprint: Footprint) -> OffloadConfig | None:
+    def offload(self, wants: Footprint) -> OffloadConfig | None:
         """Slots that the budget buys, None without a budget."""
         budget = parse_budget(self.device_budget)
         if budget is None:
             return None
         return OffloadConfig(
-            num_slots=solve_slots(budget, footprint, min_slots=footprint.num_layers),
+            num_slots=solve_slots(budget, wants, min_slots=wants.num_layers),
             policy=self.policy,
             prefetch_lanes=self.prefetch_lanes,
             fetch_mode=self.fetch_mode,
@@ -118,8 +111,8 @@ class DecodeStep:
         )
         if self.experts_dtype:
             experts = abstract_quantized(experts, self.experts_dtype)
-        footprint = self.footprint(params, experts, mesh.shape[AXIS])
-        offload = self.offload(footprint)
+        wants = self.footprint(params, experts, mesh.shape[AXIS])
+        offload = self.offload(wants)
         replicated, per_rank = device_sharding(mesh), device_sharding(mesh, P(AXIS))
         params = abstract(params, replicated)
         place = host_sharding if offload else device_sharding
@@ -136,7 +129,7 @@ class DecodeStep:
         tails = {leaf.shape[2:] for leaf in jax.tree.leaves(experts)}
         wanted = min(self.batch * cfg.moe.router.top_k, local_experts)
         rows, slots = cfg.num_moe_layers * local_experts, offload.num_slots if offload else 0
-        budget = footprint.fixed_bytes + slots * footprint.expert_bytes
+        budget = wants.fixed_bytes + slots * wants.expert_bytes
         return Built(
             fn=programs.step,
             abstract_args=(params, experts, predictor, session),

@@ -23,15 +23,14 @@ from rich.table import Table
 
 from experiments import cli
 from experiments.bench.moe_layer_arms import ragged_ffn
+from experiments.routed import serve_routed
 from moejax.aot.hlo import parse_hlo
 from moejax.aot.targets import get_target, target_mesh
 from moejax.collectives.inspect import inspect_collectives
 from moejax.core.errors import check
-from moejax.core.structs import Routing
 from moejax.costmodel.hardware import get_chip
 from moejax.costmodel.links import Link
 from moejax.dispatch.api import make_dispatch
-from moejax.dispatch.ranks import combined
 from moejax.dispatch.slots import Capacity
 from moejax.experts.slotted import slotted
 from moejax.experts.stage import resident_by
@@ -73,12 +72,9 @@ def strategies(ranks: int) -> dict[str, dict[str, Any]]:
 
 
 def layer(stage, x, topk_idx, topk_weights, experts):
-    """y [T, D]."""
-    logits = jnp.zeros_like(topk_weights)
-    routing = Routing(topk_idx=topk_idx, topk_weights=topk_weights, router_logits=logits)
-    outputs, _, counts = stage(x, routing, experts, jnp.int32(0), None)
-    y = jax.lax.psum(combined(outputs, topk_weights), "model")
-    return y.astype(x.dtype), counts.assignments_dropped
+    """y [T, D] and the count of drops; hidden dims are split over `model`."""
+    y, dropped = serve_routed(stage, x, topk_idx, topk_weights, experts)
+    return jax.lax.psum(y, "model").astype(x.dtype), dropped
 
 
 def abstract_inputs(mesh: Mesh, tokens: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -30,7 +30,7 @@ def define_set() -> flags.FlagHolder:
 
     One flag, however many of these programs a process imports.
     """
-    return flags.DEFINE_multi_string("set", [], "config override such as model.num_experts=64")
+    return flags.DEFINE_multi_string("set", [], "config override such as train.seq_len=64")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -56,10 +56,11 @@ def main() -> None:
     planned = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     check_program(planned, model, cfg.train, cfg.sync)
     launch.join(cfg.mesh.size)
-    figures = run(cfg, model, source, corpus.heldout.data, workdir)
+    choice = "" if advice is None else advice.explain()
+    figures = run(cfg, model, source, corpus.heldout.data, workdir, choice)
     if jax.process_index() == 0:
         if advice is not None:
-            print(advice.explain())
+            print(choice)
             figures["dispatch_choice"] = advice.figures()
         cli.write_report("train", "time", figures)
 

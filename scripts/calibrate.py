@@ -8,6 +8,7 @@ fits alpha + beta * n to the medians (FSMoE, arXiv 2501.10714, section 4.1) and 
 line fits. Then says which levels and how many chunks the model advises for a layer, and why.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -41,6 +41,7 @@ EXPERTS = flags.DEFINE_integer("num_experts", 64, "its experts", lower_bound=1)
 TOP_K = flags.DEFINE_integer("top_k", 8, "experts per token", lower_bound=1)
 D_MODEL = flags.DEFINE_integer("d_model", 1024, "its model dim", lower_bound=1)
 D_FF = flags.DEFINE_integer("d_ff", 512, "its hidden dim", lower_bound=1)
+ROW_BYTES = 4 * 256
 KINDS: dict[str, Callable[..., jax.Array]] = {
     "all_to_all": lambda x, axes: jax.lax.all_to_all(x, axes, 0, 0, tiled=True),
     "all_gather": lambda x, axes: jax.lax.all_gather(x, axes, tiled=True),
@@ -57,15 +58,25 @@ def sizes_of(kib: list[str]) -> list[int]:
     return [1024 * int(one) for one in kib]
 
 
+def whole_rows(nbytes: int, ranks: int) -> int:
+    """`nbytes` rounded to what so many ranks can share: a row each, or several."""
+    return max(1, nbytes // (ROW_BYTES * ranks)) * ROW_BYTES * ranks
+
+
 def collective(kind: str, mesh: Mesh, level: Level, nbytes: int) -> Callable[[], jax.Array]:
     """A compiled collective over `level`, on arrays of `nbytes` per rank (all-gather: results)."""
-    ranks = int(np.prod([mesh.shape[axis] for axis in level]))
-    rows = max(1, nbytes // (4 * 256 * ranks)) * (1 if kind == "all_gather" else ranks)
-    axes = mesh.axis_names
+    rows, axes = nbytes // ROW_BYTES, mesh.axis_names
+    if kind == "all_gather":
+        rows //= ranks_of(mesh, level)
     x = jax.device_put(jnp.ones((mesh.size * rows, 256), jnp.float32), NamedSharding(mesh, P(axes)))
     body = partial(KINDS[kind], axes=level)
     run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(axes), out_specs=P(axes)))
     return partial(run.lower(x).compile(), x)
+
+
+def ranks_of(mesh: Mesh, level: Level) -> int:
+    """Ranks that take part in an exchange of the level."""
+    return math.prod(mesh.shape[axis] for axis in level)
 
 
 def product(rows: int) -> Callable[[], jax.Array]:
@@ -87,7 +98,8 @@ def calibrate(mesh: Mesh, sizes: list[int], rounds: int) -> tuple[dict[str, dict
     fits: dict[str, dict[Level, Fit]] = {}
     for kind in KINDS:
         for level in levels:
-            arms = {float(n): collective(kind, mesh, level, n) for n in sizes}
+            rounded = {whole_rows(n, ranks_of(mesh, level)) for n in sizes}
+            arms = {float(n): collective(kind, mesh, level, n) for n in sorted(rounded)}
             fits.setdefault(kind, {})[level] = fit_medians(arms, rounds)
     operations = 2.0 * D_MODEL.value * D_FF.value
     return fits, fit_medians({operations * n: product(n) for n in (64, 256, 1024, 2048)}, rounds)

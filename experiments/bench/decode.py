@@ -33,10 +33,9 @@ from experiments.bench.moe_layer_torch import missing_packages
 from experiments.bench.shape_flags import BATCH, SHAPE
 from experiments.measure import stream_read_bytes_per_s
 from moejax.core.errors import check
-from moejax.core.memory import nbytes
 from moejax.core.mesh import make_mesh
 from moejax.interop.hf.load import load_folder
-from moejax.offload.store import expert_bytes
+from moejax.models.footprint import step_read_bytes
 from moejax.serving.engine import Engine, make_engine
 
 PROMPT = flags.DEFINE_integer("prompt", 128, "tokens of every prompt", lower_bound=1)
@@ -75,13 +74,11 @@ def time_ours(folder: str, work: Work, dtype: str) -> dict[str, Any]:
     engine = make_engine(model.params, model.experts, model.cfg, mesh, capacity=capacity)
     prompt = jnp.asarray(work.tokens())
     runs = [generate(engine, prompt, work.new_tokens) for _ in range(work.repeats + 1)][1:]
-    # Of the embedding a step reads a row per sequence.
-    dense = nbytes(model.params) - model.params.embed.nbytes
     return {
         "prefill": [run[0] for run in runs],
         "decode": [run[1] for run in runs],
         "tokens": runs[0][2],
-        "step_bytes": dense + runs[0][3] * expert_bytes(model.experts),
+        "step_bytes": step_read_bytes(model.params, model.experts, runs[0][3]),
     }
 
 

@@ -27,16 +27,17 @@ from rich.table import Table
 
 from experiments import cli
 from experiments.bench.timing import ROUNDS, interleave, summary
+from experiments.routed import serve_routed
 from moejax.aot.hlo import parse_hlo
 from moejax.collectives.inspect import inspect_collectives
 from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
 from moejax.core.structs import Routing
+from moejax.costmodel.hierarchy import incidences
 from moejax.dispatch.all_to_all import slots_per_group
 from moejax.dispatch.api import make_dispatch
 from moejax.dispatch.exchange import exchange
 from moejax.dispatch.hierarchical import send
-from moejax.dispatch.ranks import combined
 from moejax.dispatch.slots import FITS_ALL, Capacity, assign_slots
 from moejax.experts.gated import gated_mlp, init_experts
 from moejax.experts.stage import resident
@@ -106,15 +107,6 @@ def one_hot(x, topk_idx, topk_weights, experts):
     return y, jax.lax.psum(jnp.sum(overflow, dtype=jnp.int32), AXES)
 
 
-def layer(stage, x, topk_idx, topk_weights, experts):
-    """y [T, D] and the count of drops."""
-    routing = Routing(
-        topk_idx=topk_idx, topk_weights=topk_weights, router_logits=jnp.zeros_like(topk_weights)
-    )
-    outputs, _, counts = stage(x, routing, experts, jnp.int32(0), None)
-    return combined(outputs, topk_weights), counts.assignments_dropped
-
-
 def sent_rows(mesh: Mesh, topk_idx: jax.Array, levels: tuple) -> list[int]:
     """Rows that a hierarchical dispatch sends at each level, of all ranks."""
 
@@ -132,12 +124,6 @@ def sent_rows(mesh: Mesh, topk_idx: jax.Array, levels: tuple) -> list[int]:
 
     run = jax.shard_map(body, mesh=mesh, in_specs=P(AXES), out_specs=P())
     return jax.jit(run)(topk_idx).tolist()
-
-
-def incidences(topk_idx: np.ndarray, groups: int) -> int:
-    """Pairs of a token and one of `groups` groups of experts that it wants."""
-    wanted = (topk_idx // (EXPERTS // groups))[:, :, None] == np.arange(groups)
-    return int(wanted.any(1).sum())
 
 
 def crossings(topk_idx: np.ndarray) -> dict[str, int]:
@@ -181,10 +167,10 @@ def check_values(name: str, run: Callable, want: jax.Array) -> int:
 def row_counts(mesh: Mesh, topk_idx: jax.Array) -> dict[str, Any]:
     """Rows sent with room for all, and the incidences that they must equal."""
     idx = np.asarray(topk_idx)
-    wanted = {
-        "flat_deduplicated": [incidences(idx, NODES * CHIPS)],
-        "hierarchical": [incidences(idx, NODES), incidences(idx, NODES * CHIPS)],
-    }
+    to_nodes, to_chips = (
+        int(incidences(idx, EXPERTS, groups).sum()) for groups in (NODES, NODES * CHIPS)
+    )
+    wanted = {"flat_deduplicated": [to_chips], "hierarchical": [to_nodes, to_chips]}
     levels = {"flat_deduplicated": (AXES,), "hierarchical": AXES}
     return {
         "valid_rows": {name: sent_rows(mesh, topk_idx, levels[name]) for name in levels},
@@ -209,11 +195,12 @@ def main() -> None:
     cli.use_cpu_devices(ranks)
     mesh = make_mesh(data=NODES, expert=CHIPS)
     uniform, balanced = make_inputs(TOKENS.value)
-    local = jax.jit(partial(layer, resident))
+    local = jax.jit(partial(serve_routed, resident))
     arms: dict[str, Callable] = {"local": partial(local, *uniform)}
     wire, drops, temporary = {}, {}, {}
+    layer = dict(num_experts=EXPERTS, token_axes=AXES)
     runs = {
-        name: partial(layer, make_dispatch(num_experts=EXPERTS, token_axes=AXES, **arguments))
+        name: partial(serve_routed, make_dispatch(**layer, **arguments))
         for name, arguments in strategies().items()
     }
     for name, run in {**runs, "one_hot": one_hot}.items():

@@ -23,12 +23,12 @@ from experiments.bench.shape_flags import BATCH, SHAPE
 from experiments.bench.timing import ROUNDS, interleave, summary
 from experiments.measure import stream_read_bytes_per_s
 from moejax.core.errors import check
-from moejax.core.memory import nbytes
 from moejax.core.mesh import make_mesh
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import init_decoder
+from moejax.models.footprint import step_read_bytes
 from moejax.offload.stage import OffloadConfig
-from moejax.offload.store import expert_bytes, to_host
+from moejax.offload.store import to_host
 from moejax.serving.engine import Engine, make_engine, split_experts
 
 BAR = 1.15
@@ -87,16 +87,10 @@ def compare(engines: dict[str, Engine], granules: jax.Array, batch: int, rounds:
     }
 
 
-def active_bytes(engine: Engine, batch: int) -> float:
-    """Bytes of weights that a step must read: dense ones once, and the distinct experts.
-
-    Distinct experts under uniform routing, `E (1 - (1 - K / E)^B)` per layer.
-    """
-    router = engine.cfg.moe.router
-    distinct = router.num_experts * (1 - (1 - router.top_k / router.num_experts) ** batch)
-    return nbytes(engine.params) + engine.cfg.num_moe_layers * distinct * expert_bytes(
-        engine.experts
-    )
+def distinct_experts(cfg: DecoderConfig, batch: int) -> float:
+    """That a step reads, in all layers: `E (1 - (1 - K / E)^B)` per layer, uniform routing."""
+    share = cfg.moe.router.top_k / cfg.moe.router.num_experts
+    return cfg.num_moe_layers * cfg.moe.router.num_experts * (1 - (1 - share) ** batch)
 
 
 def main() -> None:
@@ -110,11 +104,12 @@ def main() -> None:
     capacity = ROUNDS.value + 8
     engines, granules = make_engines(cfg, capacity)
     bandwidth = stream_read_bytes_per_s()
+    weights = engines["resident"].params, engines["resident"].experts
     figures = {"overhead_all_cached": {}, "stream_read_gb_per_s": bandwidth / 1e9, "batch": {}}
     table = Table("batch", "resident ms", "cached ms", "cached / resident", "bound ms")
     for batch in batches:
         result = compare(engines, granules, batch, ROUNDS.value)
-        bound = 1e3 * active_bytes(engines["resident"], batch) / bandwidth
+        bound = 1e3 * step_read_bytes(*weights, distinct_experts(cfg, batch)) / bandwidth
         figures["overhead_all_cached"][str(batch)] = result["overhead"]
         figures["batch"][str(batch)] = result | {"read_bound_ms": bound}
         resident, cached = result["arms"]["resident"], result["arms"]["cached"]

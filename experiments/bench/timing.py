@@ -1,6 +1,7 @@
 """How benchmarks measure: arms interleaved in one process, medians, minima, spread."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -19,7 +20,8 @@ def interleave(
     An arm returns arrays; their completion is waited for inside the timing.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for i in track(range(warmup + rounds), description="measuring", transient=True):
+    silent = not sys.stdout.isatty()  # blank lines are all that a file would get of a bar
+    for i in track(range(warmup + rounds), "measuring", transient=True, disable=silent):
         for name, run in arms.items():
             begin = time.perf_counter()
             jax.block_until_ready(run())

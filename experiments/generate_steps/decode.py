@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.measure import host_fetch_bytes_per_s, stream_read_bytes_per_s
-from moejax.core.memory import nbytes
 from moejax.costmodel.limits import limit_report
+from moejax.models.footprint import step_read_bytes
 from moejax.offload.store import expert_bytes
 from moejax.serving.engine import Engine
 
@@ -91,7 +91,7 @@ def figures(engine: Engine, result: Generated) -> dict[str, Any]:
     seconds, expert = float(np.median(result.step_s)), expert_bytes(engine.experts)
     total = result.metrics
     moved = float(total.demand_fetches + total.prefetches) * expert / steps
-    read = nbytes(engine.params) + float(total.lookups) * expert / steps
+    read = step_read_bytes(engine.params, engine.experts, float(total.lookups) / steps)
     limit = limit_report(
         bytes_per_step=moved,
         link_bytes_per_s=host_fetch_bytes_per_s(engine.experts) if moved else 1.0,

@@ -20,10 +20,11 @@ from moejax.core.memory import nbytes
 from moejax.data.text import Split
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.models.config import DecoderConfig
-from moejax.models.decoder import DecoderParams, init_cache
-from moejax.offload.budget import Footprint, parse_budget, solve_slots
+from moejax.models.decoder import DecoderParams
+from moejax.models.footprint import footprint
+from moejax.offload.budget import parse_budget, solve_slots
 from moejax.offload.stage import OffloadConfig
-from moejax.offload.store import expert_bytes, to_device
+from moejax.offload.store import to_device
 from moejax.predictors.residual import ResidualParams
 from moejax.serving import prediction
 from moejax.serving.config import DecodeConfig
@@ -70,10 +71,19 @@ def plan_modes(
     }
     for mode in reversed(MODES[2:]):  # the one that wants most refuses first
         lanes = 0 if mode == "cache" else cfg.prefetch_lanes
-        footprint = footprint_of(dense, host, model, cfg, lanes)
+        wants = footprint(
+            model,
+            dense,
+            host,
+            ranks=1,
+            batch=max(cfg.batch_sizes),
+            capacity=kv_capacity(cfg),
+            prompt=cfg.prompt_bytes,
+            lanes=lanes,
+        )
         if mode == "learned":
-            footprint = dataclasses.replace(footprint, predictor_bytes=nbytes(learned))
-        num_slots = solve_slots(budget, footprint, min_slots=model.num_moe_layers)
+            wants = dataclasses.replace(wants, predictor_bytes=nbytes(learned))
+        num_slots = solve_slots(budget, wants, min_slots=model.num_moe_layers)
         plans[mode] = OffloadConfig(num_slots=num_slots, policy=cfg.policy, prefetch_lanes=lanes)
     return {mode: plans[mode] for mode in MODES}
 
@@ -105,30 +115,6 @@ def make_engines(
             prediction=predictions.get(mode),
         )
     return engines, slots
-
-
-def footprint_of(
-    dense: DecoderParams,
-    host: GatedWeights,
-    model: DecoderConfig,
-    cfg: DecodeConfig,
-    lanes: int,
-) -> Footprint:
-    """Device bytes besides slots, at the largest batch of the comparison."""
-    batch = max(cfg.batch_sizes)
-    kv = jax.eval_shape(lambda: init_cache(model, batch, kv_capacity(cfg)))
-    assignments = batch * cfg.prompt_bytes * model.moe.router.top_k
-    return Footprint(
-        dense_bytes=nbytes(dense),
-        kv_bytes=nbytes(kv),
-        # Sorted rows in and out of the experts, and the logits.
-        workspace_bytes=4 * assignments * model.d_model * 4
-        + batch * cfg.prompt_bytes * model.vocab_size * 4,
-        expert_bytes=expert_bytes(host),
-        num_layers=model.num_moe_layers,
-        num_experts=model.moe.router.num_experts,
-        landing_experts=lanes + 1,
-    )
 
 
 def compile_all(

@@ -24,8 +24,8 @@ def follow_calibration(cfg: RunConfig, found: Calibration) -> tuple[RunConfig, A
     check(found.sizes == used, f"the calibration is of a mesh {found.sizes}, the run's is {used}")
     layer = LayerShape(
         tokens=cfg.train.batch_size * cfg.train.seq_len // (sizes["data"] * sizes["expert"]),
-        num_experts=model.num_experts,
-        top_k=model.top_k,
+        num_experts=model.router.num_experts,
+        top_k=model.router.top_k,
         d_model=model.d_model,
         d_ff=model.d_ff,
         value_bytes=jnp.dtype(model.dtype).itemsize,

@@ -5,6 +5,7 @@
 `train/*` every few steps, `heldout/*` and `load/*` at every evaluation: the load of each layer as a
 histogram over expert ids, and of all layers as an image, a row per layer and a column per expert,
 white from twice the mean on. `bytes/*` are those that one step sends over a mesh axis.
+`dispatch/choice` says which levels and chunks a calibration chose, and what it predicts for others.
 
 Axis letters:
     L  MoE layers    E  experts
@@ -29,6 +30,11 @@ def write_metrics(board: Any, step: int, metrics: dict[str, float]) -> None:
     """Scalars `name` to value."""
     for name, value in metrics.items():
         board.add_scalar(name, value, step)
+
+
+def write_text(board: Any, step: int, name: str, text: str) -> None:
+    """Lines of `text` under `name`."""
+    board.add_text(name, text.replace("\n", "  \n"), step)  # two spaces: a line break
 
 
 def write_load(board: Any, step: int, load: np.ndarray) -> None:

@@ -29,9 +29,10 @@ class Recorder:
         mesh: Mesh,
         heldout: np.ndarray,
         folder: pathlib.Path,
+        choice: str = "",
     ):
         self._cfg, self._model, self._mesh, self._heldout = cfg, model, mesh, heldout
-        self._folder, self._board = folder, None
+        self._folder, self._board, self._choice = folder, None, choice
         self.traffic: StepTraffic | None = None  # None until a step is compiled
 
     def __enter__(self) -> "Recorder":
@@ -61,6 +62,8 @@ class Recorder:
         self.traffic = step_traffic(parse_hlo(program.as_text() or ""), self._mesh)
         if jax.process_index() == 0:
             self._board = board.open_board(self._folder, step)
+            if self._choice:
+                board.write_text(self._board, step, "dispatch/choice", self._choice)
 
     def _dispatched(self, step: int, state: State) -> None:
         if step % self._cfg.eval_steps:

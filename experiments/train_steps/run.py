@@ -33,10 +33,14 @@ def run(
     source: ShuffledWindows,
     heldout: np.ndarray,
     workdir: pathlib.Path,
+    choice: str = "",
 ) -> dict[str, Any]:
-    """Trains to the end, or continues; returns the report's figures."""
+    """Trains to the end, or continues; returns the report's figures.
+
+    `choice` says for the board why the dispatch has the levels and chunks that it has.
+    """
     mesh = make_mesh(**dataclasses.asdict(cfg.mesh))
-    with Recorder(cfg, model, mesh, heldout, workdir / "tensorboard") as recorder:
+    with Recorder(cfg, model, mesh, heldout, workdir / "tensorboard", choice) as recorder:
         result = train(
             source,
             model,

@@ -4,6 +4,7 @@ Letters:
     C  chunks that a rank starts with
 """
 
+import math
 from typing import Any
 
 import jax
@@ -47,9 +48,7 @@ def unravel(vectors: Any, spec: Any) -> Any:
     treedef, shapes = spec
     rest, leaves = dict(vectors), []
     for shape, name in shapes:
-        size = 1
-        for extent in shape:
-            size *= extent
+        size = math.prod(shape)
         leaves.append(rest[name][:size].reshape(shape))
         rest[name] = rest[name][size:]
     return treedef.unflatten(leaves)

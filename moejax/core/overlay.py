@@ -1,4 +1,4 @@
-"""Strict command-line overrides for frozen dataclass configs: `--set model.num_experts=64`."""
+"""Strict command-line overrides for frozen dataclass configs: `--set train.seq_len=64`."""
 
 import ast
 import dataclasses

@@ -73,15 +73,19 @@ def expert_slots(
             ids = cross(jnp.where(filled_slots(routing), wanted, num_experts).reshape(ranks, -1))
             local = jnp.where(ids < num_experts, ids - first_expert(axis, num_local), num_local)
             rows = cross(slots.reshape(ranks, -1, x.shape[1])).reshape(-1, x.shape[1])
-        arrived = Routing(
-            topk_idx=local.reshape(-1, 1),
-            topk_weights=jnp.ones((rows.shape[0], 1), jnp.float32),
-            router_logits=jnp.zeros((0, num_experts), jnp.float32),
-        )
-        outputs, state, counts = inner(rows, arrived, weights, layer, state)
+        outputs, state, counts = inner(rows, _one_each(local, num_experts), weights, layer, state)
         with jax.named_scope("moe_combine"):
             home = cross(outputs.reshape(ranks, -1, x.shape[1]))
             y = from_slots(routing, home.reshape(slots.shape))
         return y, state, total_counts(counts, token_axes, dropped=unserved_tokens(routing))
 
     return stage
+
+
+def _one_each(ids: jax.Array, num_experts: int) -> Routing:
+    """The routing of slots: each one choice, of full weight."""
+    return Routing(
+        topk_idx=ids.reshape(-1, 1),
+        topk_weights=jnp.ones((ids.size, 1), jnp.float32),
+        router_logits=jnp.zeros((0, num_experts), jnp.float32),
+    )

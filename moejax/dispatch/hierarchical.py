@@ -22,6 +22,7 @@ from flax import struct
 
 from moejax.core.errors import check
 from moejax.core.structs import Routing
+from moejax.costmodel.hierarchy import touched_share
 from moejax.dispatch.exchange import Lowering, check_lowering, exchange
 from moejax.dispatch.ranks import (
     Axis,
@@ -54,8 +55,7 @@ def expected_rows(num_tokens: int, num_experts: int, top_k: int, groups: int) ->
     >>> round(expected_rows(1, 64, 8, 4), 2), expected_rows(3, 64, 1, 4)
     (3.68, 3.0)
     """
-    elsewhere = math.comb(num_experts - num_experts // groups, top_k)
-    return num_tokens * groups * (1 - elsewhere / math.comb(num_experts, top_k))
+    return num_tokens * groups * touched_share(num_experts, top_k, groups)
 
 
 def send(
@@ -143,19 +143,15 @@ def hierarchical(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
     ) -> tuple[jax.Array, Any, StageCounts]:
         num_local = experts_per_rank(num_experts, axis, weights)
+        way = dict[str, Any](levels=levels, lowering=lowering)
         rows, arrived, sent = send(
-            x,
-            routing,
-            num_experts=num_experts,
-            levels=levels,
-            capacities=capacities,
-            lowering=lowering,
+            x, routing, num_experts=num_experts, capacities=capacities, **way
         )
         width = min(routing.topk_idx.shape[1], num_local)
         local, _ = own_choices(arrived, axis, num_local, width=width)
         outputs, state, counts = inner(rows, local, weights, layer, state)
         partial = combined(outputs, local.topk_weights).astype(x.dtype)
-        y = bring_back(partial, sent, levels=levels, lowering=lowering)
+        y = bring_back(partial, sent, **way)
         return y, state, total_counts(counts, token_axes, dropped=jnp.sum(sent.dropped))
 
     return stage

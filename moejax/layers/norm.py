@@ -35,17 +35,13 @@ def normalize(x: jax.Array, params: NormParams, eps: float) -> jax.Array:
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Scales x [..., D] to unit root mean square in float32, then by `weight` [D]; x's dtype."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     weight32 = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
-    return (x32 * scale * weight32).astype(x.dtype)
+    return (_unit(x, eps) * weight32).astype(x.dtype)
 
 
 def unit_norm(x: jax.Array, eps: float) -> jax.Array:
     """x [..., D] scaled to unit root mean square in float32, without a weight; x's dtype."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype)
+    return _unit(x, eps).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, params: LayerNormParams, eps: float) -> jax.Array:
@@ -56,3 +52,8 @@ def layer_norm(x: jax.Array, params: LayerNormParams, eps: float) -> jax.Array:
     shape = (1,) * (x.ndim - 1) + params.scale.shape
     weight, bias = (a.astype(jnp.float32).reshape(shape) for a in (params.scale, params.bias))
     return (centred * scale * weight + bias).astype(x.dtype)
+
+
+def _unit(x: jax.Array, eps: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)

@@ -1,4 +1,4 @@
-"""What a decoder wants of a device besides its experts, and the cache that a budget leaves.
+"""What a decoder wants of a device, what a step reads, and the cache that a budget leaves.
 
 Axis letters:
     B  batch    S  positions    D  model dim    V  vocabulary    K  experts per token
@@ -24,15 +24,16 @@ def footprint(
     ranks: int,
     batch: int,
     capacity: int,
+    prompt: int | None = None,
     lanes: int = 0,
 ) -> Footprint:
-    """Device bytes of one rank besides slots; weights [Lm, E, ...] may be abstract.
+    """Device bytes of one rank besides slots and predictor; weights [Lm, E, ...] may be abstract.
 
-    Workspace is that of a prompt as long as `capacity`: rows sorted into the experts and back in
-    float32, and the logits.
+    Workspace is that of the longest prompt, as long as `capacity` unless `prompt` says less: rows
+    sorted into the experts and back in float32, and the logits.
     """
     kv = jax.eval_shape(lambda: init_cache(cfg, batch, capacity))
-    rows = batch * capacity
+    rows = batch * (capacity if prompt is None else prompt)
     sorted_bytes = 4 * rows * cfg.moe.router.top_k * cfg.d_model * 4
     return Footprint(
         dense_bytes=nbytes(params),
@@ -43,6 +44,15 @@ def footprint(
         num_experts=cfg.moe.num_experts // ranks,
         landing_experts=lanes + 1,
     )
+
+
+def step_read_bytes(params: DecoderParams, experts: GatedWeights, distinct: float) -> float:
+    """Bytes of weights that a decode step must read: dense ones, and `distinct` experts.
+
+    Of an embedding that is not the output projection too, a step reads a row per sequence only.
+    """
+    dense = nbytes(params) - (0 if params.w_out is None else params.embed.nbytes)
+    return dense + distinct * expert_bytes(experts)
 
 
 def plan_offload(

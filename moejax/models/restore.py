@@ -6,9 +6,10 @@ them; the model's config is stored beside the weights.
 
 import pathlib
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -40,16 +41,26 @@ def restore_params(
     """
     with checkpoints.open_manager(path, read_only=True) as manager:
         step = checkpoints.latest_step(manager) if step is None else step
-        extra = checkpoints.read_extra(manager, step)
-        where = f"checkpoint {manager.directory / str(step)}"
-        check("model" in extra, f"{where} is not a decoder's: its extra has no 'model'")
-        stored = from_json(DecoderConfig, extra["model"], f"{where}: model")
+        stored, _ = read_model_config(manager, step)
         check(
             cfg is None or stored == cfg,
-            f"{where} is of another model: {difference(stored, cfg or stored)}",
+            f"checkpoint {manager.directory / str(step)} is of another model: "
+            f"{difference(stored, cfg or stored)}",
         )
         abstract = abstract_params(stored, mesh=mesh, expert_memory=expert_memory)
         return checkpoints.restore(manager, step, {"params": abstract})["params"], stored
+
+
+def read_model_config(
+    manager: ocp.CheckpointManager, step: int
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """The config of the decoder that was saved at `step`, and all that was saved beside it."""
+    extra, where = (
+        checkpoints.read_extra(manager, step),
+        f"checkpoint {manager.directory / str(step)}",
+    )
+    check("model" in extra, f"{where} is not a decoder's: its extra has no 'model'")
+    return from_json(DecoderConfig, extra["model"], f"{where}: model"), extra
 
 
 def abstract_params(

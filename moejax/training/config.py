@@ -25,6 +25,7 @@ class TrainConfig:
         warmup_fraction: share of the horizon in which the learning rate rises linearly from zero.
         final_fraction: share of the peak at which its cosine ends.
         load_balancing_weight, router_z_weight: of the auxiliary losses, averaged over layers.
+        bias_rate: by how much a step moves the correction biases of routers that have them.
         dispatch: how tokens reach experts, on a mesh.
         fully_sharded: on a mesh, weights and optimizer state are split over all ranks instead of
             copied; see `moejax.training.sharding`.
@@ -48,6 +49,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     load_balancing_weight: float = 0.01
     router_z_weight: float = 0.0
+    bias_rate: float = 1e-3
     dispatch: DispatchConfig = DispatchConfig()
     fully_sharded: bool = False
     experts_memory: MemoryKind = "device"
@@ -63,7 +65,7 @@ class TrainConfig:
         for name in ("horizon_steps", "checkpoint_steps"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"{name}={value} must be at least 1")
-        for name in ("weight_decay", "load_balancing_weight", "router_z_weight"):
+        for name in ("weight_decay", "load_balancing_weight", "router_z_weight", "bias_rate"):
             value = getattr(self, name)
             check(value >= 0, f"{name}={value} must not be negative")
         kinds = get_args(MemoryKind)

@@ -30,7 +30,7 @@ def learning_rate(progress: jax.Array, cfg: TrainConfig) -> jax.Array:
 
 
 def decayed(params: optax.Params) -> optax.Params:
-    """True for matrices; norms and biases keep their scale.
+    """True for matrices; norms, biases and temperatures keep their scale.
 
     By name, because layers are stacked: the norms of a group are [L, D].
     """
@@ -38,6 +38,6 @@ def decayed(params: optax.Params) -> optax.Params:
     def is_matrix(path: tuple, leaf: jax.Array) -> bool:
         del leaf
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        return not name.endswith(("norm", "bias"))
+        return name == "embed" or name.startswith("w_")
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, init_decoder
 from moejax.routing.losses import load_imbalance
+from moejax.training.balance import balance_routers
 from moejax.training.config import TrainConfig
 from moejax.training.loss import train_loss
 from moejax.training.optimizer import learning_rate, make_optimizer
@@ -88,6 +89,7 @@ def train_step(
             # pyrefly: ignore[bad-argument-type]
             updates, opt_state = make_optimizer(cfg).update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - (lr * u).astype(p.dtype), state.params, updates)
+        params = balance_routers(params, metrics.expert_load, cfg.bias_rate)
     step_metrics = StepMetrics(
         loss=loss,
         cross_entropy=metrics.cross_entropy,

@@ -21,7 +21,7 @@ def test_every_part_is_reached_by_set():
     cfg = overlay(
         get_config(),
         [
-            "model.num_experts=64",
+            "model.router.num_experts=64",
             "train.horizon_secs=60",
             "train.horizon_steps=5",
             "data.path=/tmp/a=b",
@@ -37,7 +37,7 @@ def test_every_part_is_reached_by_set():
     "assignment,message",
     [
         ("model.num_expert=64", "has no field 'num_expert'"),
-        ("model.num_experts=many", "wants int, got 'many'"),
+        ("model.router.num_experts=many", "wants int, got 'many'"),
         ("train.horizon_secs=0", "horizon_secs=0.0 must be positive"),
     ],
 )
@@ -47,6 +47,8 @@ def test_refuses_wrong_overrides(assignment, message):
 
 
 def test_refuses_knobs_that_do_not_fit_together():
-    cfg = overlay(get_config(), ["model.num_experts=2"])
     with pytest.raises(InputError, match="top_k=4 must be between 1 and num_experts=2"):
+        overlay(get_config(), ["model.router.num_experts=2"])
+    cfg = overlay(get_config(), ["model.num_heads=3"])
+    with pytest.raises(InputError, match="num_heads=3"):
         cfg.model.decoder()

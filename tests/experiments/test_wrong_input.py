@@ -24,8 +24,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 TRACE = ROOT / "tests" / "data" / "traces" / "gptoss.route.csv"
 NEW_TOKENS = get_config().decode.new_tokens
 TINY = (
-    "model.num_layers=2 model.d_model=16 model.d_ff=8 model.num_experts=16 model.top_k=2 "
-    "model.num_heads=1 model.head_dim=8 train.horizon_steps=2 train.batch_size=1 train.seq_len=4 "
+    "model.num_layers=2 model.d_model=16 model.d_ff=8 model.num_heads=1 model.num_kv_heads=1 "
+    "model.router.num_experts=16 model.router.top_k=2 model.head_dim=8 "
+    "train.horizon_steps=2 train.batch_size=1 train.seq_len=4 "
     "eval_bytes=40 eval_batch_size=1 decode.prefetch_lanes=1"
 ).split()
 
@@ -65,12 +66,12 @@ QUICKSTART = [
     case("unknown flag", "--dtaa=x", "Unknown command line flag 'dtaa'", "Did you mean: data"),
     case("argument that is no flag", "train", "unexpected argument 'train'", "--flag"),
     case("flag without value", "--data", "Missing value", "--data"),
-    sets("model.num_experts", "'model.num_experts' has no '='"),
-    sets("model.num_expert=64", "model.num_expert", "no field 'num_expert'", "num_experts"),
-    sets("model=3", "--set model wants ModelConfig, got 3", "model.num_experts"),
-    sets("model.num_experts=many", "model.num_experts wants int, got 'many'"),
-    sets("model.num_experts=0", "num_experts=0 must be at least 1"),
-    sets("model.top_k=33", "top_k=33 must be between 1 and num_experts=32"),
+    sets("model.router.num_experts", "'model.router.num_experts' has no '='"),
+    sets("model.router.num_expert=64", "router.num_expert", "no field 'num_expert'", "num_experts"),
+    sets("model=3", "--set model wants ModelConfig, got 3", "model.router"),
+    sets("model.router.num_experts=many", "model.router.num_experts wants int, got 'many'"),
+    sets("model.router.num_experts=0", "num_experts=0 must be at least 1"),
+    sets("model.router.top_k=33", "top_k=33 must be between 1 and num_experts=32"),
     sets("model.head_dim=7", "head_dim=7 must be positive and even"),
     sets("model.num_layers=1", "num_layers >= 2, got 1"),
     sets("train.learning_rate=-1", "learning_rate=-1.0 must be positive"),
@@ -174,7 +175,7 @@ AOT = [
     case("json below a file", "--json={files}/empty.txt/r.json", "not a writable folder"),
 ]
 OFFLOADED_STEP = [
-    case("unknown shape", "--shape=huge", "shape 'huge' is not one of ['olmoe-400m', 'tiny']"),
+    case("unknown shape", "--shape=huge", "shape 'huge' is not one of", "olmoe-400m"),
     case("batch is no number", "--batch=1,two", "--batch 'two' is not a positive integer"),
     case("too few rounds", "--rounds=1", "--rounds=1: 1 is not integer >= 3"),
     case("rounds is no number", "--rounds=ten", "--rounds=ten", "invalid literal for int"),

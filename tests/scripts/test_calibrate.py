@@ -18,7 +18,7 @@ def parsed():
 
 def test_every_level_and_the_product_are_fitted_and_advise():
     mesh = make_mesh(data=2, expert=4)
-    fits, product = calibrate.calibrate(mesh, [1024, 4096, 16384], rounds=3)
+    fits, product = calibrate.calibrate(mesh, [8192, 16384, 65536], rounds=3)
     levels = {level for levels in candidate_levels(("data", "expert")) for level in levels}
     assert set(fits) == {"all_to_all", "all_gather", "reduce_scatter"}
     for by_level in fits.values():

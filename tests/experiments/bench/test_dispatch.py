@@ -13,13 +13,13 @@ from experiments.bench.dispatch import (
     check_values,
     compile_arm,
     crossings,
-    layer,
     make_inputs,
     one_hot,
     padding,
     row_counts,
     strategies,
 )
+from experiments.routed import serve_routed
 from moejax.core.mesh import make_mesh
 from moejax.dispatch.api import make_dispatch
 from moejax.experts.stage import reference, resident
@@ -28,9 +28,9 @@ from moejax.experts.stage import reference, resident
 def test_an_arm_moves_bytes_and_keeps_the_values():
     mesh = make_mesh(data=2, expert=4)
     uniform, _ = make_inputs(64)
-    want = jax.jit(partial(layer, resident))(*uniform)[0]
+    want = jax.jit(partial(serve_routed, resident))(*uniform)[0]
     bare = make_dispatch(num_experts=EXPERTS, token_axes=AXES, **strategies()["gather"])
-    run, moved, temporary = compile_arm(partial(layer, bare), mesh, uniform)
+    run, moved, temporary = compile_arm(partial(serve_routed, bare), mesh, uniform)
     assert check_values("gather", run, want) == 0
     assert moved["data"] > moved["expert"] > 0 and temporary > 0
     with pytest.raises(RuntimeError, match="gather differs from local"):
@@ -44,7 +44,7 @@ def test_one_hot_masks_drop_what_slots_drop():
     slots = make_dispatch(
         num_experts=EXPERTS, token_axes=AXES, **strategies()["all_to_all"] | {"per": "expert"}
     )
-    other, _, _ = compile_arm(partial(layer, slots), mesh, uniform)
+    other, _, _ = compile_arm(partial(serve_routed, slots), mesh, uniform)
     (y, dropped), (want, lost) = run(), other()
     assert int(dropped) == int(lost) > 0 and moved["data"] > 0
     np.testing.assert_allclose(y, want, atol=1e-5)
@@ -79,7 +79,7 @@ def test_the_wire_carries_little_more_than_what_must_travel():
         stage = make_dispatch(
             num_experts=EXPERTS, token_axes=AXES, inner=reference, **strategies()[name]
         )
-        _, moved[name], _ = compile_arm(partial(layer, stage), mesh, uniform)
+        _, moved[name], _ = compile_arm(partial(serve_routed, stage), mesh, uniform)
     ratios = padding(moved["hierarchical"], np.asarray(uniform[1]))
     assert all(1 <= ratio <= 1.25 for ratio in ratios.values()), ratios
     assert sum(moved["hierarchical"].values()) < sum(moved["all_to_all"].values())

@@ -14,9 +14,10 @@ TINY = [
     "model.num_layers=2",
     "model.d_model=16",
     "model.d_ff=8",
-    "model.num_experts=4",
-    "model.top_k=2",
+    "model.router.num_experts=4",
+    "model.router.top_k=2",
     "model.num_heads=1",
+    "model.num_kv_heads=1",
     "model.head_dim=8",
     "train.horizon_steps=3",
     "train.batch_size=1",
@@ -63,12 +64,12 @@ def test_trains_scores_and_resumes(folder, tmp_path):
         ("eval_bytes=0", "eval_bytes=0 must be at least 1"),
         ("train.seq_len=100000", "training bytes, one batch of batch_size=1 sequences"),
         ("data.path=/does/not/exist", "/does/not/exist does not exist"),
-        ("model.top_k=5", "top_k=5 must be between 1 and num_experts=4"),
+        ("model.router.top_k=5", "top_k=5 must be between 1 and num_experts=4"),
         ("model.head_dim=7", "head_dim=7 must be positive and even"),
     ],
 )
 def test_refuses_before_it_trains(folder, tmp_path, change, message):
-    cfg = overlay(get_config(), [*TINY, f"data.path={folder}", change])
     with pytest.raises(InputError, match=message):
+        cfg = overlay(get_config(), [*TINY, f"data.path={folder}", change])
         run_training(cfg, tmp_path / "work", show_progress=False)
     assert not (tmp_path / "work").exists()

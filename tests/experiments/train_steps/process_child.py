@@ -31,6 +31,9 @@ OPTIONS = {
     "gather": {},
     "all_to_all": {"capacity": FITS_ALL},
     "hierarchical": {"levels": ("data", "expert")},
+    "ragged": {"capacity": FITS_ALL},
+    "materialize": {"num_copies": E},
+    "grouped": {"num_groups": 4},
 }
 
 

@@ -12,7 +12,7 @@ from moejax.core.overlay import overlay
 
 ROOT = pathlib.Path(__file__).parents[3]
 TINY = (
-    "model.num_layers=1 model.d_model=8 model.d_ff=8 model.num_experts=4 model.num_heads=1 "
+    "model.num_layers=1 model.d_model=8 model.d_ff=8 model.router.num_experts=4 model.num_heads=1 "
     "model.num_kv_heads=1 model.head_dim=8 train.batch_size=8 train.seq_len=4 "
     "train.horizon_steps=4 train.checkpoint_steps=2 mesh.data=2 mesh.expert=4 "
     "log_steps=1 eval_steps=2 eval_batches=1"

@@ -21,7 +21,7 @@ OVER_DATA = "train.dispatch.over_data=True"
 
 
 def test_the_run_gets_what_the_model_advises(tmp_path):
-    cfg = tiny_run(tmp_path, HIERARCHICAL, OVER_DATA, "model.num_experts=8")
+    cfg = tiny_run(tmp_path, HIERARCHICAL, OVER_DATA, "model.router.num_experts=8")
     advised, advice = follow_calibration(cfg, FOUND)
     assert advised.train.dispatch.levels == advice.choice.levels
     assert advised.train.dispatch.num_chunks == advice.num_chunks
