@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -89,3 +90,19 @@ def sharded(fn: Callable, axes: dict[str, int], rows: int, axis_type: str = "aut
     size = rows * sharding.mesh.size
     x = jax.random.normal(jax.random.key(1), (size, 3), jnp.float32)
     return run, jax.device_put(x, sharding), sharding.mesh
+
+
+def whole_numbers(shape, sharding):
+    """Rows of four dtypes, so small that no sum rounds."""
+    numbers = np.random.default_rng(0).integers(-4, 5, shape)
+    dtypes = (jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8)
+    return {jnp.dtype(d).name: jax.device_put(jnp.asarray(numbers, d), sharding) for d in dtypes}
+
+
+def value_and_gradient(fn, x):
+    """Values of all, gradients of the floating ones, by cotangents that differ everywhere."""
+    floating = {k: leaf for k, leaf in x.items() if "float" in k}
+    y, pullback = jax.vjp(lambda part: fn(x | part), floating)
+    ones = {k: jnp.where(y[k] % 2 == 0, 1, -1).astype(y[k].dtype) for k in floating}
+    zeros = {k: np.zeros(y[k].shape, jax.dtypes.float0) for k in y if k not in floating}
+    return y, pullback(ones | zeros)[0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,16 @@ from moejax.collectives.lower import arrived_chunks, run_schedule
 from moejax.collectives.schedule import Schedule, Step, Transfer
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
-from tests.collectives.cases import NATIVE, over, sharded, two_rails
+from tests.collectives.cases import (
+    NATIVE,
+    over,
+    sharded,
+    two_rails,
+    value_and_gradient,
+    whole_numbers,
+)
 from tests.collectives.interpreter import interpret, random_schedule
+from tests.experiments.train_steps.runs import finish, start
 
 GRID = {"data": 2, "expert": 4}
 ODD = ("halving_doubling_all_reduce", "recursive_doubling_all_reduce", "doubling_broadcast")
@@ -37,22 +46,6 @@ PAIRS += [(name, {"expert": 4, "data": 2}, "auto") for name in BY_AXIS]
 PAIRS += [(name, GRID, "explicit") for name in BY_AXIS[1:]]
 
 
-def _whole_numbers(shape, sharding):
-    """Rows of four dtypes, so small that no sum rounds."""
-    numbers = np.random.default_rng(0).integers(-4, 5, shape)
-    dtypes = (jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8)
-    return {jnp.dtype(d).name: jax.device_put(jnp.asarray(numbers, d), sharding) for d in dtypes}
-
-
-def _value_and_gradient(fn, x):
-    """Values of all, gradients of the floating ones, by cotangents that differ everywhere."""
-    floating = {k: leaf for k, leaf in x.items() if "float" in k}
-    y, pullback = jax.vjp(lambda part: fn(x | part), floating)
-    ones = {k: jnp.where(y[k] % 2 == 0, 1, -1).astype(y[k].dtype) for k in floating}
-    zeros = {k: np.zeros(y[k].shape, jax.dtypes.float0) for k in y if k not in floating}
-    return y, pullback(ones | zeros)[0]
-
-
 @pytest.mark.parametrize("name, axes, axis_type", PAIRS, ids=str)
 def test_values_and_gradients_are_the_native_ones(name, axes, axis_type):
     builder, names = BUILDERS[name], tuple(axes)
@@ -61,10 +54,10 @@ def test_values_and_gradients_are_the_native_ones(name, axes, axis_type):
     native = NATIVE[builder.operation]
     ours, sharding = over(lambda x: run_schedule(schedule, x)[0], axes, axis_type)
     theirs, _ = over(lambda x: {k: native(v, names) for k, v in x.items()}, axes, axis_type)
-    x = _whole_numbers((rows * schedule.num_ranks, 3), sharding)
+    x = whole_numbers((rows * schedule.num_ranks, 3), sharding)
     if builder.operation == "parity":
         x = {k: v for k, v in x.items() if "int" in k}
-    both = jax.jit(lambda x: [_value_and_gradient(fn, x) for fn in (ours, theirs)])
+    both = jax.jit(lambda x: [value_and_gradient(fn, x) for fn in (ours, theirs)])
     with jax.set_mesh(sharding.mesh) if axis_type == "explicit" else contextlib.nullcontext():
         results = both(x)
     got, want = (jax.tree.leaves(result) for result in results)
@@ -72,6 +65,28 @@ def test_values_and_gradients_are_the_native_ones(name, axes, axis_type):
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and a.sharding == b.sharding
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+SOME = ["hierarchical_all_reduce", "recursive_doubling_all_reduce", "two_level_all_to_all"]
+EVERY = [name for name in BUILDERS if name != "xor_parity"]
+
+
+@pytest.mark.parametrize(
+    "processes, names, axes",
+    [
+        (2, SOME, {"data": 1, "expert": 2}),
+        pytest.param(2, EVERY, {"data": 1, "expert": 2}, marks=pytest.mark.full),
+        pytest.param(4, EVERY, {"data": 2, "expert": 2}, marks=pytest.mark.full),
+    ],
+    ids=["2-some", "2-every", "4-every"],
+)
+def test_processes_agree_with_the_native_ones(tmp_path, processes, names, axes):
+    """Over gloo, all builders in one program, values and gradients of four dtypes."""
+    file, child = tmp_path / "compared", "tests.collectives.processes_child"
+    arguments = [str(file), ",".join(names), *map(str, axes.values())]
+    ended = finish(start(processes, child, arguments))
+    assert [status for status, _ in ended] == [0] * processes, ended[0][1][-3000:]
+    assert json.loads(file.read_text()) == dict.fromkeys(names, 6)
 
 
 def test_maxima_and_native_schedules_in_one_program():
