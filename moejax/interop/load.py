@@ -13,21 +13,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moejax.checkpoint import manager as checkpoints
-from moejax.core.errors import InputError, check
+from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
-from moejax.interop.hf.buffers import Buffers, read_index
-from moejax.interop.hf.load import Imported, Progress, abstract_model, load_folder
-from moejax.interop.hf.plan import group_entry, places
+from moejax.interop.hf.buffers import make_buffers, read_index
+from moejax.interop.hf.load import (
+    Imported,
+    Progress,
+    abstract_model,
+    folder_config,
+    load_folder,
+)
+from moejax.interop.hf.plan import Place, group_entry, places
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.kernels.quantized import Format, is_quantized, whole_matrix
 from moejax.layers.moe import MoEParams
 from moejax.models.config import DecoderConfig, LayerGroup
 from moejax.models.decoder import DecoderParams
 from moejax.models.experts import split_experts, without_experts
 from moejax.models.footprint import plan_offload
-from moejax.models.restore import ExpertMemory, restore_params
+from moejax.models.restore import ExpertMemory, read_model_config, restore_params
 from moejax.offload.budget import parse_budget
 from moejax.offload.stage import OffloadConfig
-from moejax.offload.store import to_device
 
 # What a checkpoint of an imported model keeps of its source, in its extra.
 HF = "hf"
@@ -60,6 +66,7 @@ def load(
     mesh: Mesh | None = None,
     budget: str | None = None,
     dtype: str | None = None,
+    experts_dtype: Format | None = None,
     batch: int = 1,
     capacity: int | None = None,
     lanes: int = 0,
@@ -72,6 +79,8 @@ def load(
         budget: total device bytes, such as `8GiB`, or the share of the experts, such as `25%`;
             None keeps all experts on the device.
         dtype: `float32` or `bfloat16`; None for that of the checkpoint.
+        experts_dtype: `int8`, `int4` or `fp8` quantises the routed experts as they are read, and
+            the budget counts what they are then: outputs are no longer those of the full weights.
         batch, capacity: sequences and positions that the budget must hold; None for 1024
             positions, or the model's context where that is shorter.
         lanes: experts fetched ahead per layer; wants a prediction when the engine is made.
@@ -85,26 +94,58 @@ def load(
     check(capacity is None or capacity >= 1, f"capacity={capacity} must be at least 1")
     mesh = make_mesh() if mesh is None else mesh
     memory: ExpertMemory = "device" if wanted is None else "pinned_host"
-    found = read_model(path, mesh=mesh, dtype=dtype, expert_memory=memory, progress=progress)
-    capacity = capacity or min(1024, found.context or 1024)
+    cfg, context = read_config(path, dtype=dtype)
+    capacity = capacity or min(1024, context or 1024)
     check(
-        not found.context or capacity <= found.context,
-        f"{capacity} positions exceed the {found.context} of the model's context",
+        not context or capacity <= context,
+        f"{capacity} positions exceed the {context} of the model's context",
     )
+    # Before the weights: reading them may take minutes.
+    abstract = abstract_model(cfg, mesh=mesh, expert_memory=memory, experts_dtype=experts_dtype)
     offload = plan_offload(
-        wanted, found.cfg, found.params, found.experts, mesh,
-        batch=batch, capacity=capacity, lanes=lanes,
-    )  # fmt: skip
-    experts = found.experts if offload else to_device(found.experts, mesh)
+        wanted, cfg, *abstract, mesh, batch=batch, capacity=capacity, lanes=lanes
+    )
+    found = read_model(
+        path,
+        mesh=mesh,
+        dtype=dtype,
+        experts_dtype=experts_dtype,
+        expert_memory=memory,
+        progress=progress,
+    )
     return LoadedModel(
         cfg=found.cfg,
         params=found.params,
-        experts=experts,
+        experts=found.experts,
         mesh=mesh,
         offload=offload,
         capacity=capacity,
-        context=found.context,
+        context=context,
     )
+
+
+def read_config(path: str | pathlib.Path, *, dtype: str | None = None) -> tuple[DecoderConfig, int]:
+    """The model of either kind of folder and its context (0: unknown); reads no weights."""
+    folder = pathlib.Path(path)
+    if _is_hf(folder):
+        return folder_config(folder, dtype=dtype)
+    with checkpoints.open_manager(folder, read_only=True) as manager:
+        cfg, extra = read_model_config(manager, checkpoints.latest_step(manager))
+    check(
+        dtype is None or jnp.dtype(dtype) == cfg.jnp_dtype,
+        f"{folder} holds {cfg.dtype}; dtype={dtype} would convert it",
+    )
+    return cfg, extra.get(HF, {}).get("context", 0)
+
+
+def _is_hf(folder: pathlib.Path) -> bool:
+    """Whether it is a folder of Hugging Face, not of checkpoints; `InputError` if neither."""
+    check(folder.is_dir(), f"model folder {folder} does not exist")
+    if (folder / "config.json").exists():
+        return True
+    steps = [entry for entry in folder.iterdir() if entry.name.isdigit()]
+    check(bool(steps), f"{folder} has neither a config.json nor checkpoints of moejax")
+    return False
 
 
 def read_model(
@@ -112,34 +153,40 @@ def read_model(
     *,
     mesh: Mesh,
     dtype: str | None = None,
+    experts_dtype: Format | None = None,
     expert_memory: ExpertMemory = "pinned_host",
     progress: Progress | None = None,
 ) -> Imported:
-    """A model of either kind of folder, and what is needed to write it as the other."""
+    """A model of either kind of folder, and what is needed to write it as the other.
+
+    A model whose experts are quantised (`experts_dtype`, see `load`) cannot be written.
+    """
     folder = pathlib.Path(path)
-    check(folder.is_dir(), f"model folder {folder} does not exist")
-    if (folder / "config.json").exists():
+    if _is_hf(folder):
         return load_folder(
-            folder, mesh=mesh, dtype=dtype, expert_memory=expert_memory, progress=progress
+            folder,
+            mesh=mesh,
+            dtype=dtype,
+            experts_dtype=experts_dtype,
+            expert_memory=expert_memory,
+            progress=progress,
         )
-    steps = [entry for entry in folder.iterdir() if entry.name.isdigit()]
-    if not steps:
-        raise InputError(f"{folder} has neither a config.json nor checkpoints of moejax")
-    return _restore(folder, mesh, dtype, expert_memory)
+    read_config(folder, dtype=dtype)  # refuses another dtype
+    return _restore(folder, mesh, expert_memory, experts_dtype)
 
 
 def _restore(
-    folder: pathlib.Path, mesh: Mesh, dtype: str | None, expert_memory: ExpertMemory
+    folder: pathlib.Path, mesh: Mesh, expert_memory: ExpertMemory, experts_dtype: Format | None
 ) -> Imported:
-    """The newest checkpoint of moejax; `dtype` must be that of it."""
+    """The newest checkpoint of moejax."""
     params, cfg = restore_params(folder, mesh=mesh, expert_memory=expert_memory)
-    check(
-        dtype is None or jnp.dtype(dtype) == cfg.jnp_dtype,
-        f"{folder} holds {cfg.dtype}; dtype={dtype} would convert it",
-    )
     with checkpoints.open_manager(folder, read_only=True) as manager:
         kept = checkpoints.read_extra(manager, checkpoints.latest_step(manager)).get(HF, {})
-    dense, experts = _split(params, cfg, mesh, expert_memory)
+    abstract = abstract_model(
+        cfg, mesh=mesh, expert_memory=expert_memory, experts_dtype=experts_dtype
+    )[1]
+    arrays = len(jax.tree.leaves(params))
+    dense, experts = _split(params, cfg, abstract)
     return Imported(
         cfg=cfg,
         params=dense,
@@ -147,28 +194,40 @@ def _restore(
         hf_config=kept.get("config", {}),
         stored_dtypes=kept.get("stored_dtypes", {}),
         context=kept.get("context", 0),
-        tensors_read=len(jax.tree.leaves(params)),
+        tensors_read=arrays,
     )
 
 
-def _split(params: DecoderParams, cfg: DecoderConfig, mesh: Mesh, expert_memory: ExpertMemory):
-    """`split_experts` that stacks several groups of MoE layers on the host, not on the device."""
+def _split(
+    params: DecoderParams, cfg: DecoderConfig, abstract: GatedWeights
+) -> tuple[DecoderParams, GatedWeights]:
+    """`split_experts` into what `abstract` says: stacked on the host, and quantised, if need be.
+
+    Consumes the experts of `params`: each array is freed once it has been copied.
+    """
     moe_groups = [group for group in cfg.groups if any(layer.moe for layer in group.layers)]
-    if len(moe_groups) == 1 and isinstance(moe_groups[0], LayerGroup):
+    whole = len(moe_groups) == 1 and isinstance(moe_groups[0], LayerGroup)
+    if whole and not is_quantized(abstract):
         return split_experts(params, cfg)
-    abstract = abstract_model(cfg, mesh=mesh, expert_memory=expert_memory)[1]
-    buffers = jax.tree.map(Buffers, abstract)
-    layer = 0
-    for place in places(cfg):
-        if place.moe_layer is None:
-            continue
-        mlp = group_entry(params, place).mlp
-        assert isinstance(mlp, MoEParams)
-        for buffer, leaf in zip(
-            jax.tree.leaves(buffers), jax.tree.leaves(mlp.experts), strict=True
-        ):
-            for e in range(leaf.shape[len(place.index)]):
-                buffer.put((layer, e), read_index(leaf, (*place.index, e)))
-        layer += 1
-    stack = jax.tree.map(lambda buffer: buffer.finish(), buffers)
-    return without_experts(params), stack
+    at = [place for place in places(cfg) if place.moe_layer is not None]
+    sources = [jax.tree.leaves(_experts_at(params, place)) for place in at]
+    named = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=whole_matrix)
+    leaves = []
+    for i, (path, leaf) in enumerate(named):
+        buffers = make_buffers("experts" + jax.tree_util.keystr(path), leaf)
+        for layer, (place, arrays) in enumerate(zip(at, sources, strict=True)):
+            for e in range(leaf.shape[1]):
+                buffers.put((layer, e), read_index(arrays[i], (*place.index, e)))
+        leaves.append(buffers.finish())
+        for array in {id(arrays[i]): arrays[i] for arrays in sources}.values():
+            array.delete()
+    return without_experts(params), jax.tree.unflatten(
+        jax.tree.structure(abstract, is_leaf=whole_matrix), leaves
+    )
+
+
+def _experts_at(params: DecoderParams, place: Place) -> GatedWeights:
+    """The stacked experts of the group that `place` is in."""
+    mlp = group_entry(params, place).mlp
+    assert isinstance(mlp, MoEParams) and mlp.experts is not None
+    return mlp.experts

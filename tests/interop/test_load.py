@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from moejax.core.errors import InputError
 from moejax.core.memory import memory_kinds
 from moejax.core.mesh import make_mesh
+from moejax.experts.quantize import quantize_experts
 from moejax.interop.convert import write_checkpoint, write_folder
 from moejax.interop.hf.load import load_folder
 from moejax.interop.hf.tensors import SINGLE
@@ -56,9 +57,25 @@ def test_a_budget_is_solved_to_slots(folder_of):
     assert fits.offload.num_slots == 16
 
 
+def test_a_budget_counts_quantised_bytes(folder_of):
+    """One slot per layer is the least: what is too small for whole experts is ample for int4."""
+    expert = 3 * 32 * 24 * 4
+    fixed = load(folder_of("olmoe"), budget="1GiB", capacity=8)
+    dense = sum(leaf.nbytes for leaf in jax.tree.leaves(fixed.params))
+    with pytest.raises(InputError, match=f"the minimum is .* experts of {expert}"):
+        load(folder_of("olmoe"), budget=f"{dense + 3 * expert}B", capacity=8)
+    small = load(
+        folder_of("olmoe"), budget=f"{dense + 3 * expert}B", capacity=8, experts_dtype="int4"
+    )
+    assert small.offload.num_slots >= 2 and memory_kinds(small.experts) == {"pinned_host"}
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_to_a_checkpoint_and_back(folder_of, tmp_path, model_type):
-    """The same weights on another mesh, and the very same file from the checkpoint."""
+    """The same weights on another mesh, and the very same file from the checkpoint.
+
+    Quantised as they are read from either, the experts are what they are quantised afterwards.
+    """
     source = folder_of(model_type)
     model = load_folder(source, mesh=make_mesh())
     arrays = write_checkpoint(model, tmp_path / "moejax")
@@ -67,6 +84,10 @@ def test_to_a_checkpoint_and_back(folder_of, tmp_path, model_type):
     assert memory_kinds(again.experts) == {"pinned_host"}
     assert_same((again.params, again.experts), (model.params, model.experts))
     assert (again.cfg, again.context) == (model.cfg, model.context)
+    for folder in (source, tmp_path / "moejax"):
+        quantized = read_model(folder, mesh=make_mesh(), experts_dtype="int4").experts
+        assert_same(quantized, quantize_experts(model.experts, "int4"))
+        assert memory_kinds(quantized) == {"pinned_host"}
     whole, cfg = restore_params(tmp_path / "moejax", mesh=make_mesh())
     assert cfg == model.cfg and len(jax.tree.leaves(whole)) == arrays
     tensors = load_file(source / SINGLE)
@@ -107,6 +128,7 @@ def test_an_export_that_was_stopped_goes_on(folder_of, tmp_path, monkeypatch):
 
 def test_wrong_input_is_one_line(folder_of, tmp_path):
     olmoe = folder_of("olmoe")
+    quantized = load_folder(olmoe, mesh=make_mesh(), experts_dtype="fp8")
     cases = [
         (lambda: load(tmp_path / "none"), "none does not exist"),
         (lambda: load(tmp_path), "has neither a config.json nor checkpoints of moejax"),
@@ -114,6 +136,9 @@ def test_wrong_input_is_one_line(folder_of, tmp_path):
         (lambda: load(olmoe, budget="20KiB", capacity=8), "20480 bytes is too small; the minimum"),
         (lambda: load(olmoe, budget="many"), "'many' is not like 8GiB"),
         (lambda: load(olmoe, batch=0), "batch=0 must be at least 1"),
+        (lambda: load(olmoe, experts_dtype="int2"), "'int2' is not one of int8, int4, fp8"),
+        (lambda: write_folder(quantized, tmp_path / "a"), "experts were quantised when they were"),
+        (lambda: write_checkpoint(quantized, tmp_path / "a"), "experts were quantised when they"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message) as caught:

@@ -24,7 +24,8 @@ from jax.sharding import PartitionSpec as P
 from moejax.core.errors import check
 from moejax.core.memory import device_sharding, host_sharding, nbytes
 from moejax.core.mesh import check_divisible
-from moejax.interop.hf.buffers import Buffers
+from moejax.experts.quantize import abstract_quantized
+from moejax.interop.hf.buffers import make_buffers
 from moejax.interop.hf.fields import Fields
 from moejax.interop.hf.packed import Tensor, unpacked
 from moejax.interop.hf.plan import Piece, check_size, check_tensors, leaves_of, make_plan
@@ -32,6 +33,7 @@ from moejax.interop.hf.registry import find_architecture
 from moejax.interop.hf.rope import context_of
 from moejax.interop.hf.tensors import open_folder, read_json
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.kernels.quantized import Format, whole_matrix
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, init_decoder
 from moejax.models.experts import split_experts
@@ -77,6 +79,7 @@ def load_folder(
     *,
     mesh: Mesh,
     dtype: str | None = None,
+    experts_dtype: Format | None = None,
     expert_memory: ExpertMemory = "pinned_host",
     progress: Progress | None = None,
 ) -> Imported:
@@ -85,21 +88,22 @@ def load_folder(
     Args:
         dtype: of the weights, `float32` or `bfloat16`; None for that of the checkpoint (float16
             becomes float32, which holds it exactly). Routers are always float32.
+        experts_dtype: quantises each matrix of the routed experts from its stored values, as it is
+            read (`experts.quantize`); None keeps them.
         expert_memory: where the experts go; the rest goes to device memory.
         progress: called after every tensor.
 
     Raises `InputError` for an unknown architecture, an unsupported value or packing, a missing or
     damaged file, and tensors that are missing, too many, or of another shape. Warns of tensors that
-    hold NaN. Cost: one read of the files; host memory peaks at the target and two tensors.
+    hold NaN; in experts that are quantised it is an error. Cost: one read of the files; host memory
+    peaks at the target and two tensors, at three where one is quantised.
     """
     folder = pathlib.Path(path)
-    values = read_json(folder / "config.json")
-    architecture, stored = find_architecture(values, folder), open_folder(folder)
-    # Libraries leave this field out where it has their default, which is not always the same.
-    fields = Fields({"tie_word_embeddings": OUT not in stored} | values)
-    cfg = dataclasses.replace(architecture.read_config(fields), dtype=pick_dtype(fields, dtype))
+    architecture, stored, values, fields, cfg = _open(folder, dtype)
     tensors = unpacked(stored, values.get("quantization_config"))
-    target = abstract_model(cfg, mesh=mesh, expert_memory=expert_memory)
+    target = abstract_model(
+        cfg, mesh=mesh, expert_memory=expert_memory, experts_dtype=experts_dtype
+    )
     plan = make_plan(architecture.rules(cfg), cfg, leaves_of(target), tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     ignored = (*IGNORED, *architecture.ignored(cfg))
@@ -129,6 +133,24 @@ def load_folder(
     )
 
 
+def folder_config(
+    path: str | pathlib.Path, *, dtype: str | None = None
+) -> tuple[DecoderConfig, int]:
+    """The model in folder `path` and its context in positions, without reading weights."""
+    *_, fields, cfg = _open(pathlib.Path(path), dtype)
+    return cfg, context_of(fields)
+
+
+def _open(folder: pathlib.Path, dtype: str | None):
+    """(architecture, tensors as stored, config.json, its fields, the model's config)."""
+    values = read_json(folder / "config.json")
+    architecture, stored = find_architecture(values, folder), open_folder(folder)
+    # Libraries leave this field out where it has their default, which is not always the same.
+    fields = Fields({"tie_word_embeddings": OUT not in stored} | values)
+    cfg = dataclasses.replace(architecture.read_config(fields), dtype=pick_dtype(fields, dtype))
+    return architecture, stored, values, fields, cfg
+
+
 def stored_dtype(fields: Fields) -> str:
     """The dtype that a config.json names, float32 where it names none."""
     return fields.text("dtype", "torch_dtype", default="float32").removeprefix("torch.")
@@ -143,7 +165,11 @@ def pick_dtype(fields: Fields, wanted: str | None) -> Any:
 
 
 def abstract_model(
-    cfg: DecoderConfig, *, mesh: Mesh, expert_memory: ExpertMemory
+    cfg: DecoderConfig,
+    *,
+    mesh: Mesh,
+    expert_memory: ExpertMemory,
+    experts_dtype: Format | None = None,
 ) -> tuple[DecoderParams, GatedWeights]:
     """Shapes, dtypes and shardings of the parameters without experts, and of the experts."""
     check_divisible(cfg.moe.num_experts, mesh)
@@ -158,12 +184,13 @@ def abstract_model(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     dense = jax.tree.map(partial(struct, sharding=device_sharding(mesh)), shapes[0])
-    return dense, jax.tree.map(partial(struct, sharding=place(mesh, P(None, "expert"))), shapes[1])
+    experts = jax.tree.map(partial(struct, sharding=place(mesh, P(None, "expert"))), shapes[1])
+    return dense, experts if experts_dtype is None else abstract_quantized(experts, experts_dtype)
 
 
 def _fill(target: Any, plan: list[Piece], tensors: dict[str, Tensor], where: str, progress):
     """The arrays of `target`, filled by the pieces of `plan`."""
-    buffers = {name: Buffers(leaf) for name, leaf in leaves_of(target).items()}
+    buffers = {name: make_buffers(name, leaf) for name, leaf in leaves_of(target).items()}
     total, done, with_nan = nbytes(target), 0, []
     for piece in plan:
         tensor = tensors[piece.name]
@@ -179,10 +206,10 @@ def _fill(target: Any, plan: list[Piece], tensors: dict[str, Tensor], where: str
         warnings.warn(f"{where}: {len(with_nan)} tensors hold NaN: {names}", stacklevel=3)
     # Leaves come in the order of the tree.
     leaves = [buffers[name].finish() for name in list(buffers)]
-    return jax.tree.unflatten(jax.tree.structure(target), leaves)
+    return jax.tree.unflatten(jax.tree.structure(target, is_leaf=whole_matrix), leaves)
 
 
-def _put(piece: Piece, tensor: Tensor, buffers: dict[str, Buffers]) -> tuple[int, bool]:
+def _put(piece: Piece, tensor: Tensor, buffers: dict[str, Any]) -> tuple[int, bool]:
     """Reads one piece into its buffers; its bytes there, and whether it holds NaN.
 
     A function of its own, so that nothing of a tensor outlives it.

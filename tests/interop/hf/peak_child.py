@@ -1,6 +1,6 @@
 """Loads a large model and prints what host memory that took, as JSON.
 
-    python -m tests.interop.hf.peak_child FOLDER SMALL_FOLDER
+    python -m tests.interop.hf.peak_child FOLDER SMALL_FOLDER [EXPERTS_DTYPE]
 
 A small model is loaded first: what Python and jax take once is not the loader's.
 """
@@ -20,8 +20,9 @@ def held():
 
 
 if __name__ == "__main__":
-    load_folder(sys.argv[2], mesh=make_mesh())
+    large, small, experts_dtype = [*sys.argv[1:], None][:3]
+    load_folder(small, mesh=make_mesh(), experts_dtype=experts_dtype)
     before = held()
-    model = load_folder(sys.argv[1], mesh=make_mesh())
+    model = load_folder(large, mesh=make_mesh(), experts_dtype=experts_dtype)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"peak": peak - before, "target": model.nbytes}))

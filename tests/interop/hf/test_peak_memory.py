@@ -44,26 +44,46 @@ def shapes():
                 yield f"{at}block_sparse_moe.experts.{e}.{name}.weight", shape
 
 
-@pytest.mark.full
-def test_peak_host_memory(tmp_path):
-    names = [name for name, _ in shapes()]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model of 2 GB, and a small one of the same architecture."""
+    large = tmp_path_factory.mktemp("large")
     noise = np.random.default_rng(0).normal(size=F * D).astype(ml_dtypes.bfloat16)
-    writer = Writer(tmp_path / "model.safetensors", names)
+    writer = Writer(large / "model.safetensors", [name for name, _ in shapes()])
     for name, shape in shapes():
         writer.add(name, noise[: np.prod(shape)].reshape(shape))
     writer.close()
-    (tmp_path / "config.json").write_text(json.dumps(MODEL))
-    largest = max(stored.nbytes for stored in open_folder(tmp_path).values())
-    small = tmp_path / "small"
+    (large / "config.json").write_text(json.dumps(MODEL))
+    small = large / "small"
     write_model(Case("mixtral", "small", json.dumps(SHAPES["mixtral"]["plain"])), small)
+    return large, small
+
+
+def peak_of(folders, *experts_dtype):
+    """{"peak": bytes, "target": bytes} of loading, and the bytes of the largest tensor."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.interop.hf.peak_child", str(tmp_path), str(small)],
+        [sys.executable, "-m", "tests.interop.hf.peak_child", *map(str, folders), *experts_dtype],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    largest = max(stored.nbytes for stored in open_folder(folders[0]).values())
     figures = json.loads(done.stdout.splitlines()[-1])
-    print(figures, largest)
+    print(*experts_dtype, figures, largest)
+    return figures, largest
+
+
+@pytest.mark.full
+def test_peak_host_memory(folders):
+    figures, largest = peak_of(folders)
     assert figures["target"] > 2 * 10**9
     assert figures["peak"] <= figures["target"] + 2 * largest
+
+
+@pytest.mark.full
+def test_the_whole_stack_is_never_held_beside_the_quantised_one(folders):
+    """One tensor in float32 is, with the room to round it."""
+    figures, largest = peak_of(folders, "int4")
+    assert figures["target"] < 0.7 * 10**9
+    assert figures["peak"] <= figures["target"] + 10 * largest
