@@ -9,20 +9,23 @@ one batch; each gives exactly what it gives alone. Text appears as it is generat
 what limited the run.
 """
 
+import math
 import pathlib
 import sys
+from typing import cast
 
 from absl import flags
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from experiments import cli
-from experiments.generate_steps import decode
-from experiments.generate_steps.model_folder import find_folder, vocabulary_of
+from experiments.generate_steps import decode, predictor
+from experiments.generate_steps.model_folder import find_folder
 from experiments.generate_steps.text import Text, pad, read_text
 from moejax.core.errors import InputError, check, check_seed
-from moejax.interop.load import LoadedModel, load
+from moejax.interop.load import LoadedModel, load, read_config
+from moejax.kernels.quantized import FORMATS, Format
 from moejax.offload.budget import parse_budget
-from moejax.serving import prediction
+from moejax.predictors.store import Predictor
 from moejax.serving.engine import Engine, make_engine
 
 MODEL = flags.DEFINE_string("model", None, "folder of a model, or a Hugging Face repository")
@@ -33,8 +36,12 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest toke
 TOP_P = flags.DEFINE_float("top_p", 1.0, "sample from the likeliest tokens of this probability")
 SEED = flags.DEFINE_integer("seed", 0, "of sampling")
 BUDGET = flags.DEFINE_string("device_budget", "none", "device memory: 8GiB, 25% of experts, none")
-PREDICTOR = flags.DEFINE_enum("predictor", "none", ["none", "next_gate"], "what to fetch ahead")
+PREDICTOR = flags.DEFINE_enum("predictor", "none", predictor.NAMES, "what to fetch ahead")
+FITTED = flags.DEFINE_string("predictor_dir", None, "folder of a learned or history predictor")
 LANES = flags.DEFINE_integer("prefetch_lanes", 4, "experts fetched ahead per layer by a predictor")
+EXPERTS = flags.DEFINE_enum(
+    "experts_dtype", None, FORMATS, "quantise the experts as they are read: smaller, not the same"
+)
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of weights; default: as stored")
 CHAT = flags.DEFINE_bool("chat", False, "put each prompt into the checkpoint's chat template")
 
@@ -43,11 +50,14 @@ def main() -> None:
     check_flags()
     folder = find_folder(str(MODEL.value))
     cli.check_writable(cli.JSON.value)
-    text = read_text(folder, vocabulary_of(folder))
+    cfg, context = read_config(folder, dtype=DTYPE.value)
+    text = read_text(folder, cfg.vocab_size)
     prompts = [text.encode(prompt, chat=CHAT.value) for prompt in read_prompts()]
+    check_room(prompts, context)
+    learned = predictor.read_fitted(PREDICTOR.value, FITTED.value, cfg)
     model = load_model(folder, prompts)
     tokens, mask = decode.as_arrays(*pad(prompts, vocab_size=model.cfg.vocab_size))
-    engine = decode.compiled(make(model), tokens, mask)
+    engine = decode.compiled(make(model, learned), tokens, mask)
     printer = Printer(text, stream=len(prompts) == 1)
     result = decode.generate(
         engine,
@@ -61,21 +71,35 @@ def main() -> None:
         show=printer.show,
     )
     printer.finish(result.tokens)
-    figures = decode.figures(engine, result)
+    figures = decode.figures(engine, result) | about_experts()
     cli.write_report("generate", "time", figures)
     shown = {k: v for k, v in figures.items() if k != "tokens" and v is not None}
     spelled = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
     print(", ".join(spelled), file=sys.stderr)
 
 
+def about_experts() -> dict[str, str]:
+    """What a report says of experts that are not those of the checkpoint."""
+    if EXPERTS.value is None:
+        return {}
+    return {
+        "experts_dtype": EXPERTS.value,
+        "outputs": f"of experts in {EXPERTS.value}, not of the full weights",
+    }
+
+
 def check_flags() -> None:
     """Refuses what can be refused before anything is read."""
     check(bool(MODEL.value), "--model names a folder or a repository")
     check(NEW.value >= 1, f"--max_new_tokens={NEW.value} must be at least 1")
-    check(TEMPERATURE.value >= 0, f"--temperature={TEMPERATURE.value} must not be negative")
+    check(
+        0 <= TEMPERATURE.value < math.inf,
+        f"--temperature={TEMPERATURE.value} must be finite and not negative",
+    )
     check(0 < TOP_P.value <= 1, f"--top_p={TOP_P.value} must be above 0 and at most 1")
     check(LANES.value >= 1, f"--prefetch_lanes={LANES.value} must be at least 1")
     check_seed(SEED.value)
+    predictor.check_flags(PREDICTOR.value, FITTED.value)
     budget = parse_budget(BUDGET.value)
     check(
         PREDICTOR.value == "none" or budget is not None,
@@ -95,6 +119,16 @@ def read_prompts() -> list[str]:
     return prompts
 
 
+def check_room(prompts: list[list[int]], context: int) -> None:
+    """The longest prompt and the new tokens must fit the model's context, where that is known."""
+    longest = max(len(prompt) for prompt in prompts)
+    check(
+        not context or longest + NEW.value <= context,
+        f"a prompt of {longest} tokens and --max_new_tokens={NEW.value} exceed the {context} "
+        "positions of the model's context",
+    )
+
+
 def load_model(folder: pathlib.Path, prompts: list[list[int]]) -> LoadedModel:
     """The weights, with a progress bar; the KV cache fits prompts and new tokens."""
     columns = TextColumn("load"), BarColumn(), DownloadColumn()
@@ -104,6 +138,7 @@ def load_model(folder: pathlib.Path, prompts: list[list[int]]) -> LoadedModel:
             folder,
             budget=None if BUDGET.value.strip().lower() == "none" else BUDGET.value,
             dtype=DTYPE.value,
+            experts_dtype=cast(Format | None, EXPERTS.value),
             batch=len(prompts),
             capacity=max(len(prompt) for prompt in prompts) + NEW.value,
             lanes=LANES.value if PREDICTOR.value != "none" else 0,
@@ -111,13 +146,8 @@ def load_model(folder: pathlib.Path, prompts: list[list[int]]) -> LoadedModel:
         )
 
 
-def make(model: LoadedModel) -> Engine:
+def make(model: LoadedModel, learned: Predictor | None) -> Engine:
     """The engine, with the prediction that was asked for."""
-    ahead = None
-    if PREDICTOR.value == "next_gate":
-        zero = model.cfg.moe.zero_experts
-        check(zero == 0, f"--predictor=next_gate does not serve {zero} experts without weights")
-        ahead = prediction.next_gate(model.params, model.cfg)
     return make_engine(
         model.params,
         model.experts,
@@ -125,7 +155,7 @@ def make(model: LoadedModel) -> Engine:
         model.mesh,
         capacity=model.capacity,
         offload=model.offload,
-        prediction=ahead,
+        prediction=predictor.make_prediction(PREDICTOR.value, learned, model.params, model.cfg),
     )
 
 

@@ -3,9 +3,7 @@
 import pathlib
 import re
 
-from moejax.checkpoint import manager as checkpoints
 from moejax.core.errors import InputError
-from moejax.interop.hf.tensors import read_json
 
 # No code, no pickles.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
@@ -21,22 +19,11 @@ def find_folder(name: str) -> pathlib.Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise InputError(
-            f"--model={name}: no such folder; pip install huggingface_hub to download it"
+            f"--model={name}: no such folder; name a folder, or pip install huggingface_hub to "
+            "download the repository"
         ) from error
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as error:  # of the network, the hub, its cache
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--model={name}: no such folder, and not downloaded: {reason}") from error
-
-
-def vocabulary_of(folder: pathlib.Path) -> int:
-    """Tokens of the model in `folder`, by its config alone."""
-    if (folder / "config.json").exists():
-        size = read_json(folder / "config.json").get("vocab_size")
-        if not isinstance(size, int):
-            raise InputError(f"{folder / 'config.json'} lacks vocab_size")
-        return size
-    with checkpoints.open_manager(folder, read_only=True) as manager:
-        extra = checkpoints.read_extra(manager, checkpoints.latest_step(manager))
-    return extra["model"]["vocab_size"]

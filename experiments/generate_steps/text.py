@@ -120,8 +120,8 @@ def _stop_tokens(folder: pathlib.Path) -> frozenset[int]:
 def pad(prompts: list[list[int]], *, vocab_size: int) -> tuple[list[list[int]], list[list[bool]]]:
     """Prompts of equal length, padded on the right, and True where they are not padding."""
     longest = max(len(prompt) for prompt in prompts)
-    for prompt in prompts:
-        check(len(prompt) > 0, "a prompt without tokens")
+    for i, prompt in enumerate(prompts):
+        check(len(prompt) > 0, f"a prompt without tokens: number {i + 1} of {len(prompts)}")
         check(max(prompt) < vocab_size, f"token {max(prompt)} of a prompt exceeds {vocab_size}")
     tokens = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     mask = [[i < len(prompt) for i in range(longest)] for prompt in prompts]

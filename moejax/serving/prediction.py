@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from moejax.core.errors import check
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.models.experts import stack_moe
@@ -14,6 +15,7 @@ from moejax.predictors import scorers
 from moejax.predictors.features import HistoryState, init_history_state, observe_prompt
 from moejax.predictors.history import HistoryParams
 from moejax.predictors.residual import ResidualParams
+from moejax.predictors.store import Predictor, describe
 from moejax.routing.gates import RouterParams
 
 
@@ -76,3 +78,24 @@ def history(learned: HistoryParams, cfg: DecoderConfig) -> Prediction:
         scorer=scorers.history_scorer,
         init=lambda params, batch: init_history_state(params.popularity, batch, top_k),
     )
+
+
+def check_fits(learned: Predictor, cfg: DecoderConfig) -> None:
+    """Raises `InputError` for a fitted predictor whose sizes are those of another model."""
+    kind, sizes = describe(learned)
+    own = {
+        "num_layers": cfg.num_moe_layers,
+        "num_experts": cfg.moe.num_experts,
+        "d_model": cfg.d_model,
+        "vocab_size": cfg.vocab_size,
+    }
+    wrong = [f"{k}={v}, not {own[k]}" for k, v in sizes.items() if own.get(k, v) != v]
+    check(not wrong, f"the {kind} predictor was fitted to another model: {'; '.join(wrong)}")
+
+
+def fitted(learned: Predictor, params: DecoderParams, cfg: DecoderConfig) -> Prediction:
+    """A predictor of `predictors.store`; `InputError` for one of another model."""
+    check_fits(learned, cfg)
+    if isinstance(learned, HistoryParams):
+        return history(learned, cfg)
+    return residual(learned, params, cfg)

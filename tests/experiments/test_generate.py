@@ -3,14 +3,20 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 
+from experiments.generate_steps.model_folder import find_folder
 from experiments.generate_steps.text import Text, pad, read_text
 from moejax.core.errors import InputError
+from moejax.predictors.residual import init_residual
+from moejax.predictors.store import save_predictor
 from tests.interop.hf.cases import SHAPES
 from tests.interop.hf.models import Case, reference
 
@@ -32,16 +38,31 @@ def model():
     return want
 
 
+def run_here(rows):
+    """Exit status and standard error of command lines that one process runs in turn."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.experiments.wrong_input_child", "experiments.generate"],
+        input=json.dumps([{"args": row.split(), "fault": None} for row in rows]),
+        cwd=ROOT, env=ENV, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def words(tokens):
     return " ".join(map(str, tokens))
 
 
 def test_a_batch_under_a_budget_gives_what_transformers_gives(model, tmp_path):
+    """With a predictor from its folder, as it is before it is fitted: next-gate."""
+    sizes = dict(num_layers=2, d_model=32, num_experts=8, hidden=4)
+    save_predictor(tmp_path / "predictor", init_residual(jax.random.key(0), **sizes))
     args = [f"--prompt={words(model.prompts[0])}", f"--prompt_file={tmp_path}/prompt.txt"]
     (tmp_path / "prompt.txt").write_text(words(model.prompts[1]))
     done = subprocess.run(
         [sys.executable, "-m", "experiments.generate", f"--model={model.folder}", *args,
-         f"--max_new_tokens={NEW}", "--device_budget=50%", "--predictor=next_gate",
+         f"--max_new_tokens={NEW}", "--device_budget=50%", "--predictor=learned",
+         f"--predictor_dir={tmp_path}/predictor",
          "--prefetch_lanes=2", f"--json={tmp_path}/out.json"],
         cwd=ROOT, env=ENV, capture_output=True, text=True,
     )  # fmt: skip
@@ -53,31 +74,74 @@ def test_a_batch_under_a_budget_gives_what_transformers_gives(model, tmp_path):
     assert figures["ttft_s"] > 0 and 0 < figures["fraction_of_bound"]
 
 
+def test_quantised_experts_give_the_same_tokens_resident_and_offloaded(model, tmp_path):
+    args = f"--model={model.folder} --prompt=1 --prompt=2 --max_new_tokens=8 --experts_dtype=int8"
+    cases = {"resident": "--device_budget=none", "offloaded": "--device_budget=50%"}
+    rows = [f"{args} {budget} --json={tmp_path}/{name}.json" for name, budget in cases.items()]
+    results = run_here(rows)
+    assert [result["status"] for result in results] == [None, None], results
+    figures = [json.loads((tmp_path / f"{name}.json").read_text())["figures"] for name in cases]
+    resident, offloaded = figures
+    assert resident["tokens"] == offloaded["tokens"] and offloaded["hit_rate"] < 1
+    for one in figures:
+        assert one["outputs"] == "of experts in int8, not of the full weights"
+    # A byte per weight, and a scale per column: 24 of w_gate and w_up, 32 of w_down.
+    expert = 3 * 32 * 24 + 4 * (24 + 24 + 32)
+    fetched = 2 * 7 * offloaded["bytes_per_token"] / expert  # by two sequences in 7 steps
+    assert fetched > 0 and abs(fetched - round(fetched)) < 1e-6
+
+
+def test_repositories_are_downloaded_without_code(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(name, **kwargs):
+        asked.update(kwargs, name=name)
+        return str(tmp_path)
+
+    def fail(name, **kwargs):
+        raise ValueError("no route to host\nmore lines")
+
+    hub = types.ModuleType("huggingface_hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    hub.snapshot_download = download
+    assert find_folder("org/name") == tmp_path
+    assert asked == {"name": "org/name", "allow_patterns": ["*.json", "*.safetensors", "*.jinja"]}
+    hub.snapshot_download = fail
+    with pytest.raises(
+        InputError, match="org/name: no such folder, and not downloaded: no route"
+    ) as e:
+        find_folder("org/name")
+    assert "\n" not in str(e.value)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="name a folder, or pip install huggingface_hub"):
+        find_folder("org/name")
+
+
 def test_wrong_input_is_one_line(model, tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text('{"model_type": "olmoe", "vocab_size": 64}')
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    shutil.copytree(model.folder, broken)
+    (broken / "tokenizer.json").unlink()
     cases = {
         "": "--model names a folder or a repository",
         f"--model={tmp_path}/none": "no such folder, and not like org/name",
+        f"--model={empty}": "has neither a config.json nor checkpoints of moejax",
         f"--model={model.folder}": "nothing to go on from: give --prompt or --prompt_file",
         f"--model={broken} --prompt=1": "has no tokenizer.json, and its 64 tokens are not bytes",
         f"--model={model.folder} --prompt=1 --chat": "the checkpoint has no chat template",
         f"--model={model.folder} --prompt=1 --max_new_tokens=0": "=0 must be at least 1",
         f"--model={model.folder} --prompt=1 --top_p=0": "--top_p=0.0 must be above 0",
-        f"--model={model.folder} --prompt=1 --temperature=-1": "must not be negative",
+        f"--model={model.folder} --prompt=1 --temperature=-1": "must be finite and not",
         f"--model={model.folder} --prompt=1 --predictor=next_gate": "wants a --device_budget",
+        f"--model={model.folder} --prompt=1 --predictor=learned": "want a folder, the others none",
+        f"--model={model.folder} --prompt=1 --experts_dtype=int2": "one of <int8|int4|fp8>",
         f"--model={model.folder} --prompt=1 --device_budget=8XB": "'8XB' is not like 8GiB",
         f"--model={model.folder} --prompt=1 --max_new_tokens=8 --device_budget=9KiB": "minimum is",
-        f"--model={model.folder} --prompt=1 --max_new_tokens=128": "129 positions exceed the 128",
+        f"--model={model.folder} --prompt=1 --max_new_tokens=128": "exceed the 128 positions of",
+        f"--model={model.folder} --prompt=": "a prompt without tokens: number 1 of 1",
         f"--model={model.folder} --prompt_file={tmp_path}/none": "No such file",
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.experiments.wrong_input_child", "experiments.generate"],
-        input=json.dumps([{"args": args.split(), "fault": None} for args in cases]),
-        cwd=ROOT, env=ENV, capture_output=True, text=True,
-    )  # fmt: skip
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = run_here(cases)
     for (args, message), result in zip(cases.items(), results, strict=True):
         assert result["status"] == 2, (args, result)
         lines = result["stderr"].strip().splitlines()
