@@ -36,6 +36,7 @@ HARDWARE = flags.DEFINE_list("hardware", list(MACHINES), "rows of moejax.costmod
 BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64"], "tokens of a step")
 EXPERTS = flags.DEFINE_string("experts_on_device", "25%", "share of all experts that slots hold")
 RECALL = flags.DEFINE_float("recall", 0.79, "of predictions one layer ahead", 0.0, 1.0)
+ABLATION = flags.DEFINE_string("ablation_hardware", None, "a row of --hardware; default its first")
 STEPS = flags.DEFINE_integer("max_steps", 64, "steps per case, both parts", lower_bound=4)
 DENSE = flags.DEFINE_float("dense_bytes", None, "of a layer, for a trace given by path")
 BITS = flags.DEFINE_float("bits_per_weight", None, "of its experts, for a trace given by path")
@@ -198,7 +199,7 @@ def _range(values) -> list[float]:
 
 def run_cases(console: Console, inputs: list[Input]) -> dict[str, Any]:
     """All cases and ablations, with a progress bar."""
-    cases, ablation = {}, {}
+    cases, ablation, ablated = {}, {}, ABLATION.value or HARDWARE.value[0]
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
@@ -209,7 +210,8 @@ def run_cases(console: Console, inputs: list[Input]) -> dict[str, Any]:
                 progress.update(task, description=label)
                 case = run_case(given.train, given.test, get_machine(name), slots=given.slots)
                 cases[label] = case_figures(given, case)
-                ablation[label] = ablation_figures(given, name)
+                if name == ablated:
+                    ablation[label] = ablation_figures(given, name)
                 progress.advance(task)
     return {**summary_figures(cases), "cases": cases, "ablation_ms": ablation}
 
@@ -225,6 +227,8 @@ def main() -> None:
     for name in HARDWARE.value:
         get_machine(name)
     check(bool(HARDWARE.value) and bool(TRACES.value), "--traces and --hardware name one or more")
+    ablated = ABLATION.value
+    check(ablated in (None, *HARDWARE.value), f"--ablation_hardware={ablated} is not in --hardware")
     inputs = []
     for name in TRACES.value:
         facts_of(name)

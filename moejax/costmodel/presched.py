@@ -15,7 +15,6 @@ by host time, and one sweep over x with suffix sums finds the optimum: O(n).
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,8 @@ class LayerWork:
     link_delay_s: float = 0.0  # from the router to the link's being free
 
     def __post_init__(self):
-        descending = self.host_s.ndim == 1 and bool((np.diff(self.host_s) <= 0).all())
+        host_s = self.host_s
+        descending = host_s.ndim == 1 and bool((host_s[1:] <= host_s[:-1]).all())
         check(descending, f"host times {self.host_s.tolist()[:6]} are not longest first")
 
 
@@ -56,21 +56,21 @@ class TwoLayers:
     next_s: float
 
 
-def device_path_s(work: LayerWork, moved: Any) -> Any:
+def device_path_s(work: LayerWork, moved: np.ndarray) -> np.ndarray:
     """When the device is done with cached and moved experts; the link feeds it one by one."""
-    link = work.link_delay_s + moved * work.fetch_s
-    busy = work.device_s + moved * work.expert_s
-    first = work.link_delay_s + work.fetch_s + moved * work.expert_s
-    arrived = np.maximum(link + work.expert_s, first)
-    return np.where(np.asarray(moved) > 0, np.maximum(arrived, busy), work.device_s)
+    arrived = work.link_delay_s + moved * work.fetch_s + work.expert_s
+    products = moved * work.expert_s
+    first = work.link_delay_s + work.fetch_s + products
+    ends = np.maximum(np.maximum(arrived, first), work.device_s + products)
+    ends[moved == 0] = work.device_s
+    return ends
 
 
 def serve_whole(work: LayerWork) -> Serving:
     """The fastest division of whole experts between link and host."""
-    n = len(work.host_s)
-    seconds = np.maximum(device_path_s(work, np.arange(n + 1)), _remaining(work.host_s))
-    moved = int(np.argmin(seconds))
-    return Serving(moved=moved, share=0.0, seconds=float(seconds[moved]))
+    if len(work.host_s) == 0:
+        return Serving(moved=0, share=0.0, seconds=work.device_s)
+    return _best_whole(*_ends(work))
 
 
 def serve_columns(work: LayerWork) -> Serving:
@@ -78,12 +78,14 @@ def serve_columns(work: LayerWork) -> Serving:
 
     No slower than `serve_whole`; without device time it is the bound for divisible work.
     """
-    whole = serve_whole(work)
-    remaining = _remaining(work.host_s)
-    best = whole
+    n = len(work.host_s)
+    if n == 0:
+        return Serving(moved=0, share=0.0, seconds=work.device_s)
+    paths, remaining = _ends(work)
+    best = _best_whole(paths, remaining)
     # The optimum splits the expert at which the host's side stops being the later one.
-    below = int(np.argmax(device_path_s(work, np.arange(len(remaining))) >= remaining))
-    for moved in range(max(0, below - 1), min(below + 1, len(work.host_s))):
+    below = int(np.argmax(paths >= remaining))
+    for moved in range(max(0, below - 1), min(below + 1, n)):
         host, left = float(work.host_s[moved]), float(remaining[moved])
         link = work.link_delay_s + moved * work.fetch_s + work.expert_s
         device = work.device_s + moved * work.expert_s
@@ -92,7 +94,7 @@ def serve_columns(work: LayerWork) -> Serving:
         with_device = (left - device) / (work.expert_s + host)
         share = min(1.0, max(0.0, min(with_link, with_device)))
         seconds = max(
-            float(device_path_s(work, moved)),
+            float(paths[moved]),
             link + share * work.fetch_s,
             device + share * work.expert_s,
             left - share * host,
@@ -100,6 +102,17 @@ def serve_columns(work: LayerWork) -> Serving:
         if seconds < best.seconds:
             best = Serving(moved=moved, share=share, seconds=seconds)
     return best
+
+
+def _ends(work: LayerWork) -> tuple[np.ndarray, np.ndarray]:
+    """When device and host end with x experts moved, float64 [n + 1] each."""
+    return device_path_s(work, np.arange(len(work.host_s) + 1)), _remaining(work.host_s)
+
+
+def _best_whole(paths: np.ndarray, remaining: np.ndarray) -> Serving:
+    seconds = np.maximum(paths, remaining)
+    moved = int(np.argmin(seconds))
+    return Serving(moved=moved, share=0.0, seconds=float(seconds[moved]))
 
 
 def bound_s(work: LayerWork) -> float:
@@ -167,4 +180,6 @@ def _next_layer(work: LayerWork) -> np.ndarray:
 
 def _remaining(host_s: np.ndarray) -> np.ndarray:
     """Host seconds of all but the first x experts, float64 [n + 1]."""
-    return np.concatenate([np.cumsum(host_s[::-1])[::-1], [0.0]])
+    remaining = np.zeros(len(host_s) + 1)
+    remaining[-2::-1] = np.cumsum(host_s[::-1])
+    return remaining

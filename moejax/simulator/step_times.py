@@ -182,7 +182,7 @@ def _serve(work, plan, s, layer, cache, layer_work, costs) -> tuple[Serving, int
     """How the misses are served, and the prefetches that PreSched plans with them."""
     n = len(layer_work.host_s)
     if plan.serve == "fetch":
-        seconds = float(device_path_s(layer_work, n))
+        seconds = float(device_path_s(layer_work, np.array([n]))[0])
         return Serving(moved=n, share=0.0, seconds=seconds), None
     if plan.serve == "host":
         seconds = max(layer_work.device_s, float(layer_work.host_s.sum()))
