@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from moejax.costmodel.admission import average_scores
+from moejax.costmodel.admission import Swap, average_scores
 from moejax.costmodel.quotas import solve_quotas, static_hit_curve
 from moejax.offload.policies import POLICIES, Usage
 from moejax.simulator.plans import Plan
@@ -82,6 +82,13 @@ def insert(cache: Slots, layer: int, arrived: np.ndarray, wanted: np.ndarray) ->
         arrived, leaving = arrived[:pairs], leaving[:pairs]
     cache.resident[layer, leaving] = False
     cache.resident[layer, arrived] = True
+
+
+def swap_in(cache: Slots, swap: Swap) -> None:
+    """Ends a swap; nothing happens where demand has changed either place meanwhile."""
+    resident = cache.resident[swap.layer]
+    if resident[swap.outgoing] and not resident[swap.incoming]:
+        resident[swap.outgoing], resident[swap.incoming] = False, True
 
 
 def _key(cache: Slots, layer: int) -> list[np.ndarray]:

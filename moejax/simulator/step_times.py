@@ -29,7 +29,7 @@ from moejax.costmodel.presched import (
 )
 from moejax.simulator.link import Link, clear_queue, wanted_order
 from moejax.simulator.plans import Plan
-from moejax.simulator.slots import Slots, fill_slots, insert, touch
+from moejax.simulator.slots import Slots, fill_slots, insert, swap_in, touch
 from moejax.simulator.workload import Workload
 
 
@@ -46,6 +46,18 @@ class StepTimes:
     misses: np.ndarray  # of them neither cached nor fully prefetched
     on_host: np.ndarray  # of the misses, computed there; shares count as such
     wasted_bytes: np.ndarray  # prefetched and not wanted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the steps of a run share; cache and link change."""
+
+    work: Workload
+    plan: Plan
+    costs: list[ExpertCost]  # of every layer
+    cache: Slots
+    link: Link
+    attention_s: float  # of a layer
 
 
 class _Step:
@@ -76,26 +88,33 @@ def simulate(work: Workload, machine: Machine, plan: Plan, *, slots: int) -> Ste
         expert_cost(machine, float(b), bits_per_weight=work.bits_per_weight, wire=plan.wire)
         for b in work.expert_bytes
     ]
-    attention_s = work.dense_bytes / machine.chip.hbm_bytes_per_s
-    cache, link = fill_slots(work, plan, slots), Link(parts=plan.parts)
+    run = _Run(
+        work=work,
+        plan=plan,
+        costs=costs,
+        cache=fill_slots(work, plan, slots),
+        link=Link(parts=plan.parts),
+        attention_s=work.dense_bytes / machine.chip.hbm_bytes_per_s,
+    )
     now, rows = 0.0, []
     for s in range(steps):
-        step, start, link_busy = _Step(), now, link.busy_s
+        step, start, link_busy = _Step(), now, run.link.busy_s
         for layer in range(layers):
-            router_s = now + attention_s
-            step.device_s += attention_s
-            step.count["integral_bound_s"] += attention_s
-            _send_swaps(cache, link, plan, costs, router_s, before=layer)
-            now = router_s + _run_layer(work, plan, s, layer, cache, link, costs, router_s, step)
+            router_s = now + run.attention_s
+            step.device_s += run.attention_s
+            step.count["integral_bound_s"] += run.attention_s
+            _send_in_gap(run, layer, router_s)
+            now = router_s + _run_layer(run, s, layer, router_s, step)
         bound_s = _divisible_s(step)
-        rows.append((now - start, bound_s, link.busy_s - link_busy, *step.count.values()))
+        rows.append((now - start, bound_s, run.link.busy_s - link_busy, *step.count.values()))
     names = ("seconds", "fractional_bound_s", "link_s", *_Step().count)
     return StepTimes(**dict(zip(names, np.array(rows).T, strict=True)))
 
 
-def _run_layer(work, plan, s, layer, cache, link, costs, router_s, step) -> float:
+def _run_layer(run: _Run, s: int, layer: int, router_s: float, step: _Step) -> float:
     """Seconds from the router of a layer to its end; leaves cache and link as they are then."""
-    cost, tokens = costs[layer], work.tokens[s, layer]
+    plan, cache, link = run.plan, run.cache, run.link
+    cost, tokens = run.costs[layer], run.work.tokens[s, layer]
     wanted, resident = tokens > 0, cache.resident[layer].copy()
     there, half, left = _arrivals(link, cost, wanted, step)
     touch(cache, layer, tokens)
@@ -120,10 +139,10 @@ def _run_layer(work, plan, s, layer, cache, link, costs, router_s, step) -> floa
         device_s=device_s,
         link_delay_s=delay_s,
     )
-    served, lanes = _serve(work, plan, s, layer, cache, layer_work, costs)
+    served, lanes = _serve(run, s, layer, layer_work)
     if half is not None and plan.serve in ("fetch", "whole"):
         rest = _finish_first(layer_work, missing == half, left)
-        finished, _ = _serve(work, plan, s, layer, cache, rest, costs)
+        finished, _ = _serve(run, s, layer, rest)
         if plan.serve == "fetch" or finished.seconds < served.seconds:
             link.occupy(router_s, left * cost.fetch_s)
             served, host_s, missing = finished, rest.host_s, missing[missing != half]
@@ -133,7 +152,7 @@ def _run_layer(work, plan, s, layer, cache, link, costs, router_s, step) -> floa
     split_s = served.share * host_s[served.moved] if served.share else 0.0
     step.count["host_s"] += float(host_s[served.moved :].sum() - split_s)
     insert(cache, layer, np.array([*there, *missing[: served.moved]], np.int64), wanted)
-    _predict(work, plan, s, layer, cache, link, lanes, costs)
+    _predict(run, s, layer, lanes)
     return served.seconds
 
 
@@ -178,8 +197,9 @@ def _count_layer(step: _Step, cost: ExpertCost, tokens, absent, cached, missing)
     step.device_s += device_s
 
 
-def _serve(work, plan, s, layer, cache, layer_work, costs) -> tuple[Serving, int | None]:
+def _serve(run: _Run, s: int, layer: int, layer_work: LayerWork) -> tuple[Serving, int | None]:
     """How the misses are served, and the prefetches that PreSched plans with them."""
+    plan = run.plan
     n = len(layer_work.host_s)
     if plan.serve == "fetch":
         seconds = float(device_path_s(layer_work, np.array([n]))[0])
@@ -189,56 +209,48 @@ def _serve(work, plan, s, layer, cache, layer_work, costs) -> tuple[Serving, int
         return Serving(moved=0, share=0.0, seconds=seconds), None
     if plan.serve == "columns":
         return serve_columns(layer_work), None
-    if plan.prefetch != "slack" or layer + 1 == len(costs):
+    if plan.prefetch != "slack" or layer + 1 == len(run.costs):
         return serve_whole(layer_work), None
-    cost, predicted = costs[layer + 1], work.predicted[s, layer + 1]
-    absent = (predicted > 0) & ~cache.resident[layer + 1]
+    cost, predicted = run.costs[layer + 1], run.work.predicted[s, layer + 1]
+    absent = (predicted > 0) & ~run.cache.resident[layer + 1]
     upcoming = LayerWork(
         host_s=np.sort(np.asarray(cost.host_s(predicted[absent]), np.float64))[::-1],
         fetch_s=cost.fetch_s,
         expert_s=float(cost.device_s(1)),
     )
-    attention_s = work.dense_bytes / cost.machine.chip.hbm_bytes_per_s
-    two = plan_two_layers(layer_work, upcoming, attention_s=attention_s)
+    two = plan_two_layers(layer_work, upcoming, attention_s=run.attention_s)
     return Serving(moved=two.moved, share=0.0, seconds=two.now_s), two.prefetched
 
 
-def _predict(work, plan, s, layer, cache, link, lanes, costs) -> None:
-    """Queues prefetches for the next layer of this step."""
-    if plan.prefetch == "none" or layer + 1 == len(costs):
+def _predict(run: _Run, s: int, layer: int, lanes: int | None) -> None:
+    """Queues prefetches for the next layer of this step, at most `lanes`."""
+    plan, link = run.plan, run.link
+    if plan.prefetch == "none" or layer + 1 == len(run.costs):
         return
-    absent = ~cache.resident[layer + 1]
-    predicted = work.predicted[s, layer + 1]
+    absent = ~run.cache.resident[layer + 1]
+    predicted = run.work.predicted[s, layer + 1]
     among = absent if plan.prefetch == "layer" else absent & (predicted > 0)
-    queue = wanted_order(predicted, cache.scores[layer + 1], among)
+    queue = wanted_order(predicted, run.cache.scores[layer + 1], among)
     if plan.prefetch == "slack" and plan.serve == "fetch":
-        tau_s = costs[layer + 1].fetch_s / plan.parts  # what a wrong start holds up
-        window_s = work.dense_bytes / costs[0].machine.chip.hbm_bytes_per_s
-        hits = np.full(len(queue), work.recall)
-        lanes = lanes_without_harm(hits, 0.0, tau_s=tau_s, window_s=window_s)
+        tau_s = run.costs[layer + 1].fetch_s / plan.parts  # what a wrong start holds up
+        hits = np.full(len(queue), run.work.recall)
+        lanes = lanes_without_harm(hits, 0.0, tau_s=tau_s, window_s=run.attention_s)
     link.queue = tuple(queue[:lanes].tolist())
     link.is_firm = plan.prefetch in ("gate", "layer")
 
 
-def _send_swaps(
-    cache: Slots, link: Link, plan: Plan, costs: list[ExpertCost], until_s: float, *, before: int
-) -> None:
-    """Sends what was queued for layer `before`, then admissions while the link is idle."""
-    link.send_prefetches(until_s, costs[before].fetch_s)
-    while plan.admission and link.free_s < until_s:
+def _send_in_gap(run: _Run, layer: int, until_s: float) -> None:
+    """Before the router of `layer`: what was queued for it, then admissions while none waits."""
+    cache, link = run.cache, run.link
+    link.send_prefetches(until_s, run.costs[layer].fetch_s)
+    while run.plan.admission and link.free_s < until_s:
         if link.swap is None:
             link.swap, link.swap_parts = best_swap(cache.scores, cache.resident), 0
             if link.swap is None:
                 return
-        swap = link.swap
-        if not link.send_swap(until_s, costs[swap.layer].fetch_s):
+        if not link.send_swap(until_s, run.costs[link.swap.layer].fetch_s):
             return
-        if (
-            cache.resident[swap.layer, swap.outgoing]
-            and not cache.resident[swap.layer, swap.incoming]
-        ):
-            cache.resident[swap.layer, swap.outgoing] = False
-            cache.resident[swap.layer, swap.incoming] = True
+        swap_in(cache, link.swap)
         link.swap = None
 
 

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.costmodel.admission import Swap
 from moejax.offload.policies import POLICIES, Usage, pick_victim
 from moejax.simulator.plans import Plan
-from moejax.simulator.slots import fill_slots, insert, touch
+from moejax.simulator.slots import fill_slots, insert, swap_in, touch
 from moejax.simulator.workload import lanes_of_trace, make_workload
 from tests.simulator.test_stack import random_trace
 from tests.simulator.test_workload import FACTS
@@ -61,3 +62,13 @@ def test_caches_start_with_what_was_hot_and_quotas_follow_the_use(work):
     none = fill_slots(work, Plan(name="", serve="fetch"), 7)
     insert(none, 0, np.array([1]), work.tokens[0, 0] > 0)
     assert none.resident.sum() == 0
+
+
+def test_a_swap_ends_only_if_both_places_are_still_as_it_found_them(work):
+    cache = fill_slots(work, Plan(name="", serve="fetch", keep="average"), 6)
+    cache.resident[1] = [True, False, False, True, False, False, False]
+    swap_in(cache, Swap(layer=1, incoming=2, outgoing=0, gain=1.0))
+    assert np.flatnonzero(cache.resident[1]).tolist() == [2, 3]
+    swap_in(cache, Swap(layer=1, incoming=4, outgoing=0, gain=1.0))
+    swap_in(cache, Swap(layer=1, incoming=2, outgoing=3, gain=1.0))
+    assert np.flatnonzero(cache.resident[1]).tolist() == [2, 3]
