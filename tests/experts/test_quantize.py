@@ -1,5 +1,6 @@
 """Quantised experts: how near they are, and that every way of serving them agrees."""
 
+import dataclasses
 import functools
 
 import jax
@@ -144,9 +145,11 @@ def test_matrices_cut_over_devices_are_refused():
 
 @pytest.mark.parametrize("format", ["int4", "fp8"])
 def test_offloaded_bits_equal_resident_ones(format):
-    """Through a cache of too few slots; and both are near the product of what is stood for."""
+    """With biases, through a cache of too few slots; and near the product of what is stood for."""
     weights = init_experts(jax.random.key(2), (L, 8), 16, 24, out_scale=1.0, dtype=jnp.float32)
-    quantized = quantize_experts(weights, format)
+    biases = dict(b_gate=normal(3, L, 8, 24), b_up=normal(4, L, 8, 24), b_down=normal(5, L, 8, 16))
+    biases = {name: jnp.asarray(array) for name, array in biases.items()}
+    quantized = quantize_experts(dataclasses.replace(weights, **biases), format)
     cfg, store = OffloadConfig(num_slots=4), to_host(quantized, make_mesh())
 
     @exact_jit

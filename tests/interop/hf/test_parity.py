@@ -14,6 +14,7 @@ from moejax.experts.stage import reference as every_expert
 from moejax.interop.hf.export import save_folder
 from moejax.interop.hf.load import load_folder
 from moejax.interop.hf.registry import MODEL_TYPES, find_architecture
+from moejax.interop.hf.tensors import open_folder
 from moejax.models.decoder import forward
 from moejax.models.experts import join_experts
 from moejax.offload.stage import OffloadConfig
@@ -36,7 +37,7 @@ def imported(case, new_tokens):
 
 @pytest.fixture
 def new_tokens(request):
-    return 64 if request.config.getoption("--full") else 16
+    return 64 if request.config.getoption("--full") else 8
 
 
 def padded(rows):
@@ -106,7 +107,7 @@ def test_offloaded_decoding(case, new_tokens):
     np.testing.assert_array_equal(got, want.tokens)
 
 
-@pytest.mark.parametrize("case", parity_cases(("mixtral",)))
+@pytest.mark.parametrize("case", parity_cases(()))
 def test_resident_decoding(case, new_tokens):
     want, model = reference(case, new_tokens), imported(case, new_tokens)
     got = decode(model, want.prompts, new_tokens, None)
@@ -131,7 +132,7 @@ def test_round_trip(case, new_tokens, tmp_path):
     save_folder(model, tmp_path, max_shard_bytes=40_000)
     assert len(glob.glob(f"{tmp_path}/*.safetensors")) > 1
     want, got = tensors(source), tensors(tmp_path)
-    assert got.keys() == want.keys()
+    assert got.keys() == want.keys() == open_folder(tmp_path).keys()  # which follows the index
     architecture = find_architecture(model.hf_config, source)
     unused = architecture.placeholders(model.cfg)
     assert set(model.unused) == unused.keys()
