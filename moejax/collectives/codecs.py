@@ -129,11 +129,11 @@ class TwoBit:
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """The `k` largest elements of each block: a bfloat16 and 16 bits of place for each.
+    """The `k` largest elements of each block: a bfloat16 and a place for each.
 
-    Of use with feedback only, which also keeps what rounding loses. Blocks cost a little of the
-    best choice, and make the search for it local and the places short. The last block of a row is
-    filled up with zeros.
+    A place is a byte in blocks of up to 256, two in longer ones. Of use with feedback only, which
+    also keeps what rounding loses. Blocks cost a little of the best choice, and make the search for
+    it local and the places short. The last block of a row is filled up with zeros.
     """
 
     k: int
@@ -143,19 +143,27 @@ class TopK:
         check(2 <= self.block <= 2**16, f"block={self.block} must be between 2 and 65536")
         check(1 <= self.k <= self.block, f"k={self.k} must be between 1 and block={self.block}")
 
+    @property
+    def _place(self) -> jnp.dtype:
+        return jnp.dtype(jnp.uint8 if self.block <= 256 else jnp.uint16)
+
     def encode(self, rows: jax.Array) -> jax.Array:
         m, n = rows.shape
         blocks = _blocks(n, self.block)
         x = jnp.pad(rows, ((0, 0), (0, blocks * self.block - n))).reshape(m, blocks, self.block)
         place = lax.top_k(jnp.abs(x), self.k)[1]
         values = jnp.take_along_axis(x, place, axis=2).astype(jnp.bfloat16)
-        both = [lax.bitcast_convert_type(values, jnp.uint16), place.astype(jnp.uint16)]
-        return jnp.concatenate([part.reshape(m, -1) for part in both], axis=1)
+        both = values, place.astype(self._place)
+        raw = [lax.bitcast_convert_type(part, jnp.uint8).reshape(m, -1) for part in both]
+        return jnp.concatenate(raw, axis=1)
 
     def decode(self, wire: jax.Array, n: int, dtype: jnp.dtype) -> jax.Array:
         m, blocks = wire.shape[0], _blocks(n, self.block)
-        bits, place = (part.reshape(m, blocks, self.k) for part in jnp.split(wire, 2, axis=1))
-        values = lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
+        shape = (m, blocks, self.k)
+        raw, places = jnp.split(wire, [2 * self.k * blocks], axis=1)
+        values = lax.bitcast_convert_type(raw.reshape(*shape, 2), jnp.bfloat16).astype(dtype)
+        pair = () if self._place.itemsize == 1 else (2,)
+        place = lax.bitcast_convert_type(places.reshape(*shape, *pair), self._place)
         at = jnp.arange(m)[:, None, None], jnp.arange(blocks)[None, :, None]
         zeros = jnp.zeros((m, blocks, self.block), dtype)
         # A rank without a message decodes zeros, whose places are not unique.
@@ -164,7 +172,7 @@ class TopK:
 
     def nbytes(self, n: int, itemsize: int) -> int:
         del itemsize
-        return 4 * self.k * _blocks(n, self.block)
+        return (2 + self._place.itemsize) * self.k * _blocks(n, self.block)
 
 
 def _blocks(n: int, block: int) -> int:

@@ -138,3 +138,17 @@ def _spans(computation: tuple[Instruction, ...]) -> dict[str, tuple[int, int]]:
 def _is_compute(instruction: Instruction) -> bool:
     # XLA:TPU writes an allocation as a custom call.
     return instruction.opcode in _COMPUTE and instruction.target != "AllocateBuffer"
+
+
+def cross_slice_bytes(module: Module) -> int:
+    """Bytes that each device sends to another slice in a program for several TPU slices.
+
+    XLA:TPU hands what leaves a slice to its host: sends to the megascale runtime, whatever the
+    collective was.
+    """
+    sent = 0
+    for computation in module.computations.values():
+        for one in computation:
+            if one.opcode == "send" and "xla_megascale" in one.line:
+                sent += one.arrays[0].nbytes
+    return sent

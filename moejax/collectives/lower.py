@@ -199,11 +199,17 @@ def _in_mesh_order(
     """
     if len(schedule.axes) == 1:
         return schedule.axes, list(pairs)
+    names, number = jax.sharding.get_abstract_mesh().axis_names, mesh_numbers(schedule)
+    axes = tuple(sorted(schedule.axes, key=names.index))
+    return axes, [(number[a], number[b]) for a, b in pairs]
+
+
+def mesh_numbers(schedule: Schedule) -> list[int]:
+    """Of every rank, its number when the schedule's axes are ordered as in the mesh."""
     names = jax.sharding.get_abstract_mesh().axis_names
     order = sorted(range(len(schedule.axes)), key=lambda i: names.index(schedule.axes[i]))
     grid = np.arange(schedule.num_ranks).reshape([schedule.sizes[i] for i in order])
-    number = grid.transpose(np.argsort(order)).reshape(-1).tolist()
-    return tuple(schedule.axes[i] for i in order), [(number[a], number[b]) for a, b in pairs]
+    return grid.transpose(np.argsort(order)).reshape(-1).tolist()
 
 
 def _pick(values: Sequence[Any], table: Table, rank: jax.Array) -> Any:

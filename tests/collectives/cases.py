@@ -106,3 +106,10 @@ def value_and_gradient(fn, x):
     ones = {k: jnp.where(y[k] % 2 == 0, 1, -1).astype(y[k].dtype) for k in floating}
     zeros = {k: np.zeros(y[k].shape, jax.dtypes.float0) for k in y if k not in floating}
     return y, pullback(ones | zeros)[0]
+
+
+def races_found() -> bool:
+    """Whether Pallas's interpreter saw a race since the process began."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # no public way
+
+    return interpret_pallas_call.races.races_found

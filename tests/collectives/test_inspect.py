@@ -12,7 +12,7 @@ from moejax.aot.targets import target_mesh
 from moejax.collectives import compose
 from moejax.collectives.builders import BUILDERS, shifted_round_trip
 from moejax.collectives.codecs import BlockQuant
-from moejax.collectives.inspect import inspect_collectives
+from moejax.collectives.inspect import cross_slice_bytes, inspect_collectives
 from moejax.collectives.lower import run_schedule
 from moejax.collectives.traffic import Traffic, traffic
 from moejax.core.mesh import make_mesh
@@ -183,3 +183,23 @@ def test_experts_run_while_others_travel_on_tpu():
     product = 2 * rows * width * width
     hiding = [one for one in found.flights if one.flops >= product]
     assert len(found.flights) == 2 * (ranks - 1) and len(hiding) >= ranks - 1
+
+
+SLICES = """\
+HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: u8[1,264192]) -> u8[1,264192] {
+  %x = u8[1,264192]{1,0:T(4,128)(4,1)} parameter(0)
+  %after-all = token[] after-all()
+  %send = (u8[1,264192]{1,0:T(4,128)(4,1)}, u32[], token[]) send(%x, %after-all), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %other = (f32[64]{0}, u32[], token[]) send(%x, %after-all), channel_id=3, is_host_transfer=true
+  %recv = (u8[1,264192]{1,0:T(4,128)(4,1)}, u32[], token[]) recv(%after-all), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %recv-done = (u8[1,264192]{1,0:T(4,128)(4,1)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %y = u8[1,264192]{1,0:T(4,128)(4,1)} get-tuple-element(%recv-done), index=0
+}
+"""  # noqa: E501
+
+
+def test_what_leaves_a_slice_is_what_is_sent_to_the_megascale_runtime():
+    assert cross_slice_bytes(parse_hlo(SLICES)) == 264192
