@@ -9,6 +9,7 @@ Letters:
     W  workers    B  batch of all workers    S  positions
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, init_decoder
 from moejax.routing.losses import load_imbalance
 from moejax.sync.exchange import Exchange as Exchange
+from moejax.training.balance import balance_routers
 from moejax.training.config import TrainConfig
 from moejax.training.loss import LossMetrics, train_loss
 from moejax.training.optimizer import decayed, learning_rate
@@ -146,8 +148,9 @@ def make_worker_step(
 ) -> jax.stages.Wrapped:
     """The compiled step (state, tokens int32 [B, S + 1], progress) to (state, metrics).
 
-    The state is donated. Metrics are means over workers (drops their sum), which costs an
-    all-reduce of 28 bytes over `data` in every step. Raises `InputError` as `check_workers` does.
+    The state is donated. Correction biases of routers follow the load of all workers. Metrics are
+    means over workers (drops their sum), which costs an all-reduce of 28 bytes over `data` in every
+    step. Raises `InputError` as `check_workers` does.
     """
     check_workers(mesh, model, cfg)
     specs = _specs(model, cfg, mesh, exchange)
@@ -167,6 +170,8 @@ def make_worker_step(
         lr = learning_rate(progress, cfg)
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             new, norm = _update(one, grads, lr, cfg, exchange)
+        load = jax.lax.psum(vary_over(("data",), metrics.expert_load), "data")
+        new = dataclasses.replace(new, params=balance_routers(new.params, load, cfg.bias_rate))
         new = jax.tree.map(lambda leaf: leaf[None], new)
         return new, _step_metrics(loss, metrics, norm, lr)
 

@@ -19,7 +19,9 @@ from moejax.training.workers import (
 )
 from tests.training.helpers import text_bytes, tiny_model, tiny_train
 
-EXPERTS = MoEConfig(d_ff=8, router=RouterConfig(num_experts=4, top_k=1, renormalize=False))
+# Biases move with the load of all workers.
+ROUTER = RouterConfig(num_experts=4, top_k=1, renormalize=False, correction_bias=True)
+EXPERTS = MoEConfig(d_ff=8, router=ROUTER)
 MODEL = tiny_model(num_layers=1, moe=EXPERTS)
 # Balance is a product of means over tokens, so a worker's differs; the rest is a mean of means.
 CFG = tiny_train(batch_size=4, seq_len=2, load_balancing_weight=0.0, clip_norm=0.5)
