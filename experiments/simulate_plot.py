@@ -31,7 +31,7 @@ def plot(figures: dict[str, Any], path: str) -> None:
     axes.plot(bound, rows, "|", color="red", ms=8, label="fractional bound")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(rows, list(cases), fontsize=6)
-    axes.invert_yaxis()
+    axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.set_xlabel("simulated time over that of the chosen plan")
     axes.grid(alpha=0.3)
