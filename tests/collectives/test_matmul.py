@@ -1,0 +1,87 @@
+"""A product beside its all-gather: the same numbers, and on TPU one behind the other.
+
+Products are long enough here to hide a permute each; where they are not, the compiler hides as many
+permutes as it has products for.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.aot.compile import compile_for
+from moejax.aot.targets import target_mesh
+from moejax.collectives.builders import (
+    doubling_all_gather,
+    hierarchical_all_gather,
+    ring_all_gather,
+    ring_all_reduce,
+)
+from moejax.collectives.inspect import inspect_collectives
+from moejax.collectives.matmul import all_gather_matmul
+from moejax.core.errors import InputError
+from moejax.core.mesh import make_mesh
+
+GRID = {"data": 2, "expert": 2}
+SPEC = P(tuple(GRID))
+
+
+def _over(mesh, schedule, axes=tuple(GRID)):
+    def ours(x, w):
+        return all_gather_matmul(x, w, schedule)
+
+    def plain(x, w):
+        return lax.all_gather(x, axes, tiled=True) @ w
+
+    specs = dict(in_specs=(P(axes), P(None, axes)), out_specs=P(None, axes))
+    return [jax.shard_map(fn, mesh=mesh, **specs) for fn in (ours, plain)]
+
+
+def test_products_and_gradients_are_those_of_the_plain_one():
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-4, 5, shape).astype(np.float32) for shape in ((12, 5), (5, 8)))
+    builders = (ring_all_gather, hierarchical_all_gather, doubling_all_gather)
+    pairs = [_over(make_mesh(**GRID), build(GRID)) for build in builders]
+
+    @jax.jit
+    def run(x, w):
+        def both(fn):
+            y, pullback = jax.vjp(fn, x, w)
+            return y, pullback(jnp.where(y > 0, 1.0, -1.0))
+
+        return [[both(fn) for fn in pair] for pair in pairs]
+
+    for got, want in run(x, w):
+        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target, least", [("v5e:2x4", 7), ("v6e:2x4", 2)])
+def test_on_tpu_permutes_hide_behind_products(target, least):
+    """All of them on v5e. For v6e most are put before the products, whatever their lengths."""
+    axes = ("expert",)
+    mesh = target_mesh(target, expert=8)
+    shapes = ((8 * 512, 2048), P(axes)), ((2048, 8 * 8192), P(None, axes))
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in shapes
+    ]
+    ours, plain = (
+        inspect_collectives(compile_for(fn, args).module, mesh)
+        for fn in _over(mesh, ring_all_gather({"expert": 8}), axes)
+    )
+    assert len(ours.flights) == 7 and sum(one.flops > 0 for one in ours.flights) >= least
+    assert [one.flops > 0 for one in plain.flights] == [False]
+
+
+def test_other_schedules_are_refused():
+    def refuse(schedule, message):
+        ours, _ = _over(make_mesh(**GRID), schedule)
+        with pytest.raises(InputError, match=message):
+            jax.eval_shape(ours, jnp.zeros((4, 5)), jnp.zeros((5, 4)))
+
+    refuse(ring_all_reduce(GRID), "starts with chunk r on rank r")
