@@ -1,0 +1,1 @@
+"""The parts of `experiments/sync_methods.py`, one file each."""
