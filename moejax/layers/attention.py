@@ -32,8 +32,8 @@ class KVCache:
     says. Positions past `length` hold whatever was there; attention never looks at them.
     """
 
-    k: jax.Array  # [L, B, Hkv, C, Dh]
-    v: jax.Array  # [L, B, Hkv, C, Dh]
+    k: jax.Array  # [L, B, C, Hkv, Dh]
+    v: jax.Array  # [L, B, C, Hkv, Dh]
     length: jax.Array  # int32 [B]
 
 
@@ -53,7 +53,7 @@ def self_attention(
         kind = _kind(cfg)
         q, k, v = kind.project(params, x, positions, cfg)
         visible = sees(positions[:, :, None], positions[:, None, :], cfg)
-        return kind.attend(params, q, k.swapaxes(1, 2), v.swapaxes(1, 2), visible, cfg)
+        return kind.attend(params, q, k, v, visible, cfg)
 
 
 def cached_attention(
@@ -67,20 +67,19 @@ def cached_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Writes the new keys and values of `layer` into the cache, then attends over it.
 
-    The cache [L, B, Hkv, C, Dh] travels as a whole so that XLA updates it in place (write phase,
-    then read phase); with heads before positions attention reads it without a transposed copy.
-    Returns the output [B, S, D] and the updated cache.
+    The cache [L, B, C, Hkv, Dh] travels as a whole so that XLA updates it in place (write phase,
+    then read phase). Returns the output [B, S, D] and the updated cache.
     """
     with jax.named_scope("attention"):
         kind = _kind(cfg)
         q, k, v = kind.project(params, x, positions, cfg)
         rows = jnp.arange(x.shape[0])[:, None]
         # Positions past the end of the cache are dropped by the scatter; the caller checks sizes.
-        cache_k = cache_k.at[layer, rows, :, positions].set(k.astype(cache_k.dtype))
-        cache_v = cache_v.at[layer, rows, :, positions].set(v.astype(cache_v.dtype))
+        cache_k = cache_k.at[layer, rows, positions].set(k.astype(cache_k.dtype))
+        cache_v = cache_v.at[layer, rows, positions].set(v.astype(cache_v.dtype))
         layer_k = jax.lax.dynamic_index_in_dim(cache_k, layer, 0, keepdims=False)
         layer_v = jax.lax.dynamic_index_in_dim(cache_v, layer, 0, keepdims=False)
-        slots = jnp.arange(cache_k.shape[3], dtype=positions.dtype)
+        slots = jnp.arange(cache_k.shape[2], dtype=positions.dtype)
         visible = sees(positions[:, :, None], slots[None, None, :], cfg)
         return kind.attend(params, q, layer_k, layer_v, visible, cfg), cache_k, cache_v
 

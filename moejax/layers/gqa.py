@@ -155,17 +155,19 @@ def attend(
     """Softmax attention and output projection, without the output's bias.
 
     Args:
-        q: [B, S, H, Dh]; k, v: [B, Hkv, C, Dh]; visible: bool [B or 1, S, C].
+        q: [B, S, H, Dh]; k, v: [B, C, Hkv, Dh]; visible: bool [B or 1, S, C].
 
     Returns: [B, S, D]. Scores and softmax are float32.
     """
     batch, length, heads, dim = q.shape
     scale = dim**-0.5 if cfg.scale is None else cfg.scale
-    grouped = q.reshape(batch, length, k.shape[1], heads // k.shape[1], dim)
-    scores = jnp.einsum("bsgqe,bgce->bgqsc", grouped, k, preferred_element_type=jnp.float32)
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    scores = jnp.einsum("bsgqe,bcge->bgqsc", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores * scale, -1e30)
     probs = _softmax(scores, params.sinks).astype(v.dtype)
-    mixed = jnp.einsum("bgqsc,bgce->bsgqe", probs, v).reshape(batch, length, heads, dim)
+    # In this order of dims XLA:CPU moves rows of the values; for "bsgqe" it would transpose them.
+    mixed = jnp.einsum("bgqsc,bcge->bgqse", probs, v).transpose(0, 3, 1, 2, 4)
+    mixed = mixed.reshape(batch, length, heads, dim)
     return jnp.einsum("bshe,hed->bsd", mixed, params.w_o)
 
 

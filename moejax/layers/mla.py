@@ -126,16 +126,16 @@ def attend(
     """Softmax attention over latents and output projection.
 
     Args:
-        q: [B, S, H, R + r]; latent: [B, 1, C, R]; k_rope: [B, 1, C, r].
+        q: [B, S, H, R + r]; latent: [B, C, 1, R]; k_rope: [B, C, 1, r].
         visible: bool [B or 1, S, C].
 
     Returns: [B, S, D]. Scores and softmax are float32.
     Cost: a position of the cache is R + r numbers, whatever the number of heads.
     """
     scale = (cfg.nope_dim + cfg.rope_dim) ** -0.5 if cfg.scale is None else cfg.scale
-    keys = jnp.concatenate([latent, k_rope], -1)[:, 0]  # [B, C, R + r]
+    keys = jnp.concatenate([latent, k_rope], -1)[:, :, 0]  # [B, C, R + r]
     scores = jnp.einsum("bshr,bcr->bhsc", q, keys, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None], scores * scale, -1e30)
     probs = jax.nn.softmax(scores, axis=-1).astype(latent.dtype)
-    mixed = jnp.einsum("bhsc,bcr->bshr", probs, latent[:, 0])
+    mixed = jnp.einsum("bhsc,bcr->bshr", probs, latent[:, :, 0])
     return jnp.einsum("bshr,rhv,hvd->bsd", mixed, params.w_v, params.w_o)

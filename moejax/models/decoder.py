@@ -176,7 +176,7 @@ def _check_shapes(tokens, cfg, cache, mask, forced_idx):
     layers, (batch, length) = cfg.num_moe_layers, tokens.shape
     check(layers >= 1, "a decoder without MoE layers has nothing to record")
     if cache is not None:
-        _, held, _, capacity, _ = cache.k.shape
+        held, capacity = cache.k.shape[1:3]
         check(held == batch, f"the cache holds {held} sequences, tokens {batch}")
         check(
             length <= capacity, f"{length} positions exceed the {capacity} of the cache's capacity"

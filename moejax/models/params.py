@@ -98,9 +98,7 @@ def _init_layer(key: jax.Array, group: LayerGroup, cfg: DecoderConfig) -> LayerP
 
 def init_cache(cfg: DecoderConfig, batch: int, capacity: int) -> KVCache:
     """An empty KV cache of `capacity` positions."""
-    k, v = (
-        (cfg.num_layers, batch, heads, capacity, dim) for heads, dim in cfg.attention.cache_dims
-    )
+    k, v = ((cfg.num_layers, batch, capacity, *dims) for dims in cfg.attention.cache_dims)
     return KVCache(
         k=jnp.zeros(k, cfg.jnp_dtype),
         v=jnp.zeros(v, cfg.jnp_dtype),

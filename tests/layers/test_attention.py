@@ -72,7 +72,7 @@ def test_the_cache_gives_what_the_full_sequence_gives():
     cfg, params, (x, positions) = config(2), params_of(2), inputs()
     want = SELF(params, x, positions, cfg)
     # Positions that are not filled yet hold rubbish that attention must never look at.
-    k = v = jnp.full((3, B, 2, S + 2, DH), 1e3)
+    k = v = jnp.full((3, B, S + 2, 2, DH), 1e3)
     layer = jnp.int32(1)
     for start, stop in ((0, 3), (3, 5)):
         part = slice(start, stop)
@@ -80,14 +80,14 @@ def test_the_cache_gives_what_the_full_sequence_gives():
         np.testing.assert_allclose(y, want[:, part], atol=2e-6)
     for cache in (k, v):
         np.testing.assert_array_equal(cache[jnp.array([0, 2])], np.full((2, *k.shape[1:]), 1e3))
-        assert np.all(cache[1, :, :, :5] != 1e3) and np.all(cache[1, :, :, 5:] == 1e3)
+        assert np.all(cache[1, :, :5] != 1e3) and np.all(cache[1, :, 5:] == 1e3)
 
 
 def test_sequences_of_unequal_length_do_not_meet():
     """One step of two sequences, one at position 4 and one at position 1."""
     cfg, params, (x, positions) = config(2), params_of(2), inputs()
     want = SELF(params, x, positions, cfg)
-    k = v = jnp.zeros((1, B, 2, S, DH))
+    k = v = jnp.zeros((1, B, S, 2, DH))
     layer = jnp.int32(0)
     _, k, v = CACHED(params, x[:, :4], positions[:, :4], k, v, layer, cfg)
     # The second sequence keeps one position; what it wrote past that is stale.
@@ -100,7 +100,7 @@ def test_sequences_of_unequal_length_do_not_meet():
 
 def test_positions_past_the_cache_are_dropped_and_overwrite_nothing():
     cfg, params, (x, positions) = config(2), params_of(2), inputs()
-    k = v = jnp.zeros((1, B, 2, 4, DH))
+    k = v = jnp.zeros((1, B, 4, 2, DH))
     layer = jnp.int32(0)
     _, k, v = CACHED(params, x[:, :4], positions[:, :4], k, v, layer, cfg)
     _, k2, v2 = CACHED(params, x[:, 4:5], positions[:, 4:5], k, v, layer, cfg)

@@ -70,7 +70,7 @@ def test_the_cache_holds_latents_and_gives_what_the_full_sequence_gives():
     params, x, positions = inputs(CFG)
     want = SELF(params, x, positions, CFG)
     (_, rank), (_, rope_dim) = CFG.cache_dims
-    k, v = jnp.full((2, B, 1, S, rank), 1e3), jnp.full((2, B, 1, S, rope_dim), 1e3)
+    k, v = jnp.full((2, B, S, 1, rank), 1e3), jnp.full((2, B, S, 1, rope_dim), 1e3)
     for start, stop in ((0, 3), (3, 5)):
         part = slice(start, stop)
         args = (params, x[:, part], positions[:, part], k, v, jnp.int32(1))
