@@ -40,6 +40,7 @@ class ChunkPlan:
     size_class: jax.Array  # int32 [C], index into sizes
     num_chunks: jax.Array  # int32 []
     first_chunk: jax.Array  # int32 [G + 1], chunks of group g are first_chunk[g] .. [g + 1]
+    group_of_row: jax.Array  # int32 [M], G - 1 past the last row
 
 
 def pick_sizes(num_rows: int) -> tuple[int, ...]:
@@ -93,6 +94,9 @@ def plan_chunks(
         group = jnp.minimum(group, num_groups - 1)
         offset = (chunk - first_chunk[group]) * largest
         rows = jnp.clip(group_sizes[group] - offset, 0, largest)
+        row = jnp.arange(num_rows, dtype=jnp.int32) + first_row
+        group_ends = group_starts + group_sizes
+        group_of_row = jnp.sum(row[:, None] >= group_ends[None, :], axis=1, dtype=jnp.int32)
         bounds = jnp.asarray(sizes[:-1], jnp.int32)
         size_class = jnp.sum(rows[:, None] > bounds[None, :], axis=1, dtype=jnp.int32)
         return ChunkPlan(
@@ -102,6 +106,7 @@ def plan_chunks(
             size_class=size_class,
             num_chunks=ends[-1],
             first_chunk=first_chunk,
+            group_of_row=jnp.minimum(group_of_row, num_groups - 1),
         )
 
 

@@ -165,7 +165,9 @@ def attend(
     scores = jnp.einsum("bsgqe,bcge->bgqsc", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores * scale, -1e30)
     probs = _softmax(scores, params.sinks).astype(v.dtype)
-    mixed = jnp.einsum("bgqsc,bcge->bsgqe", probs, v).reshape(batch, length, heads, dim)
+    # In this order of dims XLA:CPU moves rows of the values; for "bsgqe" it would transpose them.
+    mixed = jnp.einsum("bgqsc,bcge->bgqse", probs, v).transpose(0, 3, 1, 2, 4)
+    mixed = mixed.reshape(batch, length, heads, dim)
     return jnp.einsum("bshe,hed->bsd", mixed, params.w_o)
 
 

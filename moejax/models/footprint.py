@@ -51,7 +51,7 @@ def step_read_bytes(params: DecoderParams, experts: GatedWeights, distinct: floa
 
     Of an embedding that is not the output projection too, a step reads a row per sequence only.
     """
-    dense = nbytes(params) - (0 if params.w_out is None else params.embed.nbytes)
+    dense = nbytes(params) - (0 if params.w_out is None else nbytes(params.embed))
     return dense + distinct * expert_bytes(experts)
 
 

@@ -24,6 +24,7 @@ def test_chunks_tile_the_rows_in_order(sizes):
         ]
         groups = np.repeat(np.arange(8), group_sizes)
         assert rows == [(group, 7 + row) for row, group in enumerate(groups)]
+        np.testing.assert_array_equal(plan.group_of_row[: len(groups)], groups)
         fits = np.asarray(sizes)[plan.size_class[:n]]
         smaller = np.asarray((0, *sizes))[plan.size_class[:n]]
         assert (plan.rows[:n] <= fits).all() and (plan.rows[:n] > smaller).all()

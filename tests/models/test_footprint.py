@@ -4,12 +4,13 @@ import jax
 import pytest
 
 from moejax.core.errors import InputError
+from moejax.core.memory import nbytes
 from moejax.core.mesh import make_mesh
 from moejax.layers.attention import MLAConfig
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import DecoderConfig, LayerGroup
 from moejax.models.experts import split_experts
-from moejax.models.footprint import footprint, plan_offload
+from moejax.models.footprint import footprint, plan_offload, step_read_bytes
 from moejax.models.params import init_decoder
 from moejax.routing.config import RouterConfig
 
@@ -45,3 +46,11 @@ def test_a_budget_becomes_slots():
     assert plan(None) is None and plan(1.0).num_slots == 7 and plan(10**9).num_slots == 8
     with pytest.raises(InputError, match="the minimum is 2 slots"):
         plan(0.1)
+
+
+def test_a_step_reads_an_embedding_only_where_it_is_the_output_too():
+    dense, experts = weights()
+    one, embed = 3 * 8 * 6 * 4, 16 * 8 * 4
+    assert step_read_bytes(dense, experts, 3) == nbytes(dense) - embed + 3 * one
+    tied = dense.replace(w_out=None)
+    assert step_read_bytes(tied, experts, 0.5) == nbytes(tied) + one / 2

@@ -29,6 +29,7 @@ from moejax.kernels.chunks import (
     zero_tail,
 )
 from moejax.kernels.few_rows import matmul_row
+from moejax.kernels.grouped_ffn.by_row import MAX_ROWS, run_rows
 from moejax.kernels.grouped_ffn.weights import (
     GatedWeights,
     check_shapes,
@@ -116,6 +117,19 @@ def _forward(xs, weights, group_sizes, group_rows, sizes, *, keep):
 
 def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes):
     """`out` is (y,) or (y, gate, up), each [M + S, *]."""
+    bits = tuple(to_bits(o) for o in out)
+    by_chunk = partial(_by_chunk, sizes=sizes)
+    operands = (bits, xs, weights, group_rows, plan, begin, end)
+    with jax.named_scope("grouped_ffn"):
+        if xs.shape[0] - sizes[-1] <= MAX_ROWS:
+            bits = lax.platform_dependent(*operands, cpu=run_rows, default=by_chunk)
+        else:
+            bits = by_chunk(*operands)
+        return tuple(from_bits(b, o.dtype) for b, o in zip(bits, out, strict=True))
+
+
+def _by_chunk(out, xs, weights, group_rows, plan, begin, end, *, sizes):
+    """The bits of `out` with chunks `[begin, end)` computed, each a product of all its rows."""
     hidden = hidden_fn(weights.activation)
     keep = len(out) > 1
 
@@ -137,9 +151,7 @@ def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes):
         results = switch_size(plan.size_class[i], sizes, branch, start, row)
         return tuple(put(o, r, start) for o, r in zip(out, results, strict=True))
 
-    with jax.named_scope("grouped_ffn"):
-        bits = lax.fori_loop(begin, end, body, tuple(to_bits(o) for o in out))
-        return tuple(from_bits(b, o.dtype) for b, o in zip(bits, out, strict=True))
+    return lax.fori_loop(begin, end, body, out)
 
 
 def _add_row(rows, biases, row):

@@ -241,7 +241,8 @@ def test_a_carried_cache_is_never_copied(dtype, tokens):
     slot = jax.ShapeDtypeStruct((steps,), jnp.int32)
     run = jax.jit(lambda cache, inputs: lax.scan(step, cache, inputs), donate_argnums=0)
     text = run.lower(stack(slots), (xs, ids, ids, slot, stack(steps, 1))).compile().as_text()
-    assert whole_stack_ops(text) == {"parameter", "get-tuple-element", "in-place update"}
+    free = {"parameter", "get-tuple-element", "bitcast"}
+    assert whole_stack_ops(text) - free == {"in-place update"}
 
 
 def whole_stack_ops(text: str) -> set[str]:
