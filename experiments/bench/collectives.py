@@ -13,6 +13,7 @@ seconds say nothing of a fabric (rung *time*, of this machine); the bytes are ex
 """
 
 import csv
+import functools
 import io
 import statistics
 from collections.abc import Callable
@@ -44,6 +45,7 @@ from moejax.core.mesh import make_mesh
 from moejax.dispatch.ragged import cut_pieces, ragged_exchange
 
 SIZES = flags.DEFINE_list("sizes", ["1024", "65536", "1048576", "16777216"], "bytes, up to 2**28")
+CHOSEN = flags.DEFINE_list("collectives", None, "some of them by name; default: all")
 CSV = flags.DEFINE_string("csv", None, "where to write a row per collective and size")
 PLOT = flags.DEFINE_string(
     "bandwidth_plot", None, "where to write bus bandwidths over size, as PNG"
@@ -111,8 +113,10 @@ def ragged() -> Callable[[jax.Array], jax.Array]:
     return run
 
 
-def measure(nbytes: int, rounds: int) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Seconds and bytes of every collective at one size."""
+def measure(
+    nbytes: int, rounds: int, names: list[str] | None = None
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Seconds and bytes of every collective, or of those named, at one size."""
     mesh = make_mesh(**AXES)
     arms, facts = {}, {}
     jobs: dict[str, tuple] = {
@@ -121,9 +125,15 @@ def measure(nbytes: int, rounds: int) -> tuple[dict[str, dict], dict[str, dict]]
     }
     width = max(1, nbytes // 4 // 64)
     jobs["ragged_all_to_all"] = "all_to_all", ragged(), 64, width, None
+    for name in names or ():
+        check(name in jobs, f"--collectives: {name!r} is not one of {', '.join(jobs)}")
+    jobs = {name: job for name, job in jobs.items() if names is None or name in names}
+    # 256 MiB per rank are 2 GiB: arms of equal shapes read the same rows.
+    sharding = NamedSharding(mesh, P(NAMES))
+    rows_of = functools.cache(lambda shape: jax.device_put(np.ones(shape, np.float32), sharding))
     for name, (operation, run, rows, n, schedule) in jobs.items():
         compiled, moved = compiled_bytes(run, mesh, rows, n)
-        x = jax.device_put(np.ones((rows * RANKS, n), np.float32), NamedSharding(mesh, P(NAMES)))
+        x = rows_of((rows * RANKS, n))
         arms[name] = lambda compiled=compiled, x=x: compiled(x)
         facts[name] = {
             "operation": operation,
@@ -198,7 +208,7 @@ def main() -> None:
     cli.use_cpu_devices(RANKS)
     records: list[dict[str, Any]] = []
     for nbytes in sizes:
-        times, facts = measure(nbytes, ROUNDS.value)
+        times, facts = measure(nbytes, ROUNDS.value, CHOSEN.value)
         for name, fact in facts.items():
             algbw = fact["nbytes"] / times[name]["seconds"] / 1e9
             busbw = algbw * FACTORS[fact["operation"]]

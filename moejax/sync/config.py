@@ -38,6 +38,7 @@ class SyncConfig:
             every step; the others are local methods.
         codec: of what is sent. By default int4 for `streaming_diloco`, float32 for the others.
         feedback: whether what a codec leaves out is sent later.
+        common_steps: taken synchronously, in full, before a local method begins.
         every: H, steps of a period.
         outer_learning_rate, outer_momentum: of the outer optimizer (Nesterov).
         num_fragments, keep_local: of Streaming DiLoCo.
@@ -50,6 +51,7 @@ class SyncConfig:
     method: Method = "none"
     codec: CodecName | None = None
     feedback: bool = True
+    common_steps: int = 0
     every: int = 16
     outer_learning_rate: float = 0.7
     outer_momentum: float = 0.9
@@ -68,6 +70,7 @@ class SyncConfig:
         for name in ("every", "num_fragments", "exact_every"):
             value = getattr(self, name)
             check(value >= 1, f"{name}={value} must be at least 1")
+        check(self.common_steps >= 0, f"common_steps={self.common_steps} must not be negative")
         check(self.link_ratio > 0, f"link_ratio={self.link_ratio} must be positive")
         check(0 <= self.keep_local < 1, f"keep_local={self.keep_local} must be in [0, 1)")
         self._check_unread()
@@ -79,6 +82,8 @@ class SyncConfig:
         reads = {"method", *READS[self.method], *CODEC_READS.get(self.codec or "", ())}
         if codec is not None:
             reads.add("feedback")
+        if self.method not in ("none", "gradients"):
+            reads.add("common_steps")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             check(

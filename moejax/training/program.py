@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from moejax.core.errors import InputError, check
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, init_decoder
+from moejax.sync.common import after_common_steps
 from moejax.sync.config import SyncConfig
 from moejax.sync.exchange import Exchange, make_exchange, sent_per_step
 from moejax.training.config import TrainConfig
@@ -76,13 +77,16 @@ def check_program(mesh: Any, model: DecoderConfig, cfg: TrainConfig, sync: SyncC
 
 def exchange_of(sync: SyncConfig, model: DecoderConfig) -> Exchange:
     """What workers with this model exchange."""
-    return make_exchange(sync, _shapes(model), ("data",))
+    exchange = make_exchange(sync, _shapes(model), ("data",))
+    if sync.common_steps:
+        exchange = after_common_steps(exchange, sync.common_steps, ("data",))
+    return exchange
 
 
 def sync_bytes(sync: SyncConfig, model: DecoderConfig, cfg: TrainConfig, mesh: Mesh) -> float:
     """Bytes that a device sends over `data` per step, on average over the plan's period.
 
-    Of weights or gradients alone; metrics are 28 more.
+    Of weights or gradients alone, after the common steps; metrics are 28 more.
     """
     check(sync.method != "none", "method='none' has no plan; `training.traffic` counts its bytes")
     shapes = _shapes(model)

@@ -118,7 +118,7 @@ def unkilled(steps):
 
 def _assert_same(got, want):
     for name, leaf in want.items():
-        np.testing.assert_allclose(got[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(got[name], leaf, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def _newest(folder):
