@@ -70,7 +70,9 @@ ARMS = {
     # One level, all that a mesh of one axis has.
     "hierarchical, options": Arm(strategy="hierarchical", arguments=RAGGED, with_options=True),
     "grouped, options": Arm(
-        strategy="grouped", arguments=RAGGED | {"num_groups": RANKS}, with_options=True
+        strategy="grouped",
+        arguments=RAGGED | {"num_groups": RANKS, "gate": "balanced_groups"},
+        with_options=True,
     ),
 }
 

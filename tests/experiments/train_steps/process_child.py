@@ -33,7 +33,7 @@ OPTIONS = {
     "hierarchical": {"levels": ("data", "expert")},
     "ragged": {"capacity": FITS_ALL},
     "materialize": {"num_copies": E},
-    "grouped": {"num_groups": 4},
+    "grouped": {"num_groups": 4, "gate": "balanced_groups"},
 }
 
 
