@@ -66,7 +66,7 @@ class Task:
         named = {"model": self.model, "cfg": dataclasses.replace(self.cfg, seed=0)}
         values: dict[str, Any] = {k: dataclasses.asdict(value) for k, value in named.items()}
         values["common_steps"], values["workers"] = self.common_steps, self.mesh.shape["data"]
-        values["crc32"] = zlib.crc32(self.corpus.train.data)
+        values["crc32"] = zlib.crc32(self.corpus.train.data.tobytes())
         return json.loads(json.dumps(values))
 
 
@@ -109,7 +109,7 @@ class Steps:
             batch = jnp.asarray(tokens), jnp.float32(i / self._task.steps)
             if self._compiled is None:
                 # At XLA's default half of a short run would be compilation.
-                options = cheap_cpu_options(1)
+                options: Any = cheap_cpu_options(1)
                 self._compiled = self._step.lower(state, *batch).compile(options)
             state, metrics = self._compiled(state, *batch)
             history.append(metrics.cross_entropy)
