@@ -9,6 +9,7 @@ cache holds every expert. Both decode the same tokens; their ratio is the price 
 that it used, would take at the streaming bandwidth measured in the same run.
 """
 
+import dataclasses
 import statistics
 
 import jax
@@ -40,7 +41,8 @@ class Arm:
     def __init__(self, engine: Engine, batch: int, preload: jax.Array | None):
         # Sequences that begin alike would want the same experts for ever.
         token = jnp.arange(batch, dtype=jnp.int32)
-        self.engine, self.session = engine, engine.start(batch).replace(token=token)
+        self.engine = engine
+        self.session = dataclasses.replace(engine.start(batch), token=token)
         if preload is not None:
             self.session = engine.preload(self.session, preload)
         self.tokens: list[jax.Array] = []
