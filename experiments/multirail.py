@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
+from experiments.plot_file import png_of
 from moejax.collectives.builders import ring_all_reduce, torus_all_reduce
 from moejax.collectives.controller import ControllerConfig, ControllerState, observe, revive, start
 from moejax.collectives.rails import PARTS, Shares, best_split
@@ -120,7 +121,6 @@ def compile_split(shares: Shares):
 
 def draw(records: list[dict], path: str) -> None:
     """Shares over time, phases marked."""
-    import io
 
     import matplotlib
 
@@ -137,10 +137,7 @@ def draw(records: list[dict], path: str) -> None:
         begin += phase.steps
     axes.set(xlabel="step", ylabel="sixteenths", ylim=(0, PARTS + 1.5), xlim=(0, len(shares) - 1))
     axes.legend(loc="lower right", fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    cli.write_bytes(path, picture.getvalue())
+    cli.write_bytes(path, png_of(figure, tight=True))
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The plot of `experiments.replay_trace`: hit rate against cache size, one line per policy."""
 
-import io
 import logging
 from typing import Any
 
@@ -12,6 +11,7 @@ logging.getLogger("matplotlib").setLevel(logging.WARNING)  # "generated new font
 import matplotlib.pyplot as plt  # noqa: E402
 
 from experiments import cli  # noqa: E402
+from experiments.plot_file import png_of  # noqa: E402
 
 STYLES = {  # per-layer variants share the colour of the policy inside the layer
     "belady": ("Belady (knows the future)", "black", ":"),
@@ -42,10 +42,7 @@ def plot(figures: dict[str, Any], path: str) -> None:
         fontsize="medium",
     )
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    png = io.BytesIO()
-    figure.savefig(png, dpi=130, format="png")
-    plt.close(figure)
-    cli.write_bytes(path, png.getvalue())
+    cli.write_bytes(path, png_of(figure, dpi=130))
 
 
 def _draw_policies(axes, figures: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ byte and every policy. `hit_rate` is that of decode steps after the prompt warme
 
 import dataclasses
 import math
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from experiments import cli
+from experiments import cli, plot_file
 from experiments.replay_plot import plot
 from experiments.traces import TRACE, open_trace
 from moejax.core.errors import InputError, check
@@ -232,12 +231,7 @@ def notes(figures: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     policies, budgets = parse_policies(POLICIES.value), parse_budgets(BUDGETS.value)
-    plot_path = PLOT.value
-    if plot_path is None and cli.JSON.value:
-        plot_path = str(pathlib.Path(cli.JSON.value).with_suffix(".png"))
-    check(plot_path is None or plot_path != cli.JSON.value, "--json and --plot are the same file")
-    cli.check_writable(cli.JSON.value)
-    cli.check_writable(plot_path)
+    plot_path = plot_file.path_of("plot", PLOT.value)
     trace, recorded = open_trace(TRACE.value)
     calls = calls_of_trace(trace)
     check(bool(calls.is_decode.any()), f"{TRACE.value}: no decode step, so no decode hit rate")
@@ -252,8 +246,7 @@ def main() -> None:
     cli.write_report("replay_trace", "simulated", figures)
     if plot_path:
         plot(figures, plot_path)
-    for path in filter(None, (cli.JSON.value, plot_path)):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    plot_file.print_written(console, plot_path)
 
 
 if __name__ == "__main__":

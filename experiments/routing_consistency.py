@@ -7,8 +7,6 @@
 `lru`, `lfu`, `belady` {rho}, where m counts tokens and rho is a layer's cache over top-k.
 """
 
-import io
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli
+from experiments import cli, plot_file
+from experiments.plot_file import png_of
 from experiments.traces import TRACE, open_trace
 from moejax.core.errors import InputError, check
 from moejax.data.routing_trace import RoutingTrace
@@ -111,20 +110,12 @@ def plot(figures: dict[str, Any], measured: Consistency, path: str) -> None:
     axes.set_title(f"{figures['model']}, {figures['tokens']} tokens", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
-    png = io.BytesIO()
-    figure.savefig(png, dpi=130, format="png")
-    plt.close(figure)
-    cli.write_bytes(path, png.getvalue())
+    cli.write_bytes(path, png_of(figure, dpi=130))
 
 
 def main() -> None:
     windows = parse_windows(WINDOWS.value)
-    plot_path = CURVES.value
-    if plot_path is None and cli.JSON.value:
-        plot_path = str(pathlib.Path(cli.JSON.value).with_suffix(".png"))
-    check(plot_path is None or plot_path != cli.JSON.value, "--json and --hit_plot are one file")
-    cli.check_writable(cli.JSON.value)
-    cli.check_writable(plot_path)
+    plot_path = plot_file.path_of("hit_plot", CURVES.value)
     trace, _ = open_trace(TRACE.value)
     sizes = parse_rho(RHO.value, trace)
     console = Console()
@@ -135,8 +126,7 @@ def main() -> None:
     cli.write_report("routing_consistency", "simulated", figures)
     if plot_path:
         plot(figures, measured, plot_path)
-    for path in filter(None, (cli.JSON.value, plot_path)):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    plot_file.print_written(console, plot_path)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from experiments import cli
+from experiments import cli, plot_file
 from experiments.simulate_plot import plot
 from experiments.traces import MODELS, Model, open_trace
 from moejax.core.errors import InputError, check
@@ -218,12 +218,7 @@ def run_cases(console: Console, inputs: list[Input]) -> dict[str, Any]:
 
 def main() -> None:
     batches, fraction = parse_batches(BATCHES.value), parse_fraction(EXPERTS.value)
-    plot_path = TIMES.value
-    if plot_path is None and cli.JSON.value:
-        plot_path = str(pathlib.Path(cli.JSON.value).with_suffix(".png"))
-    check(plot_path is None or plot_path != cli.JSON.value, "--json and --times_plot are one file")
-    cli.check_writable(cli.JSON.value)
-    cli.check_writable(plot_path)
+    plot_path = plot_file.path_of("times_plot", TIMES.value)
     for name in HARDWARE.value:
         get_machine(name)
     check(bool(HARDWARE.value) and bool(TRACES.value), "--traces and --hardware name one or more")
@@ -244,8 +239,7 @@ def main() -> None:
     cli.write_report("simulate_offload", "simulated", figures)
     if plot_path:
         plot(figures, plot_path)
-    for path in filter(None, (cli.JSON.value, plot_path)):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    plot_file.print_written(console, plot_path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The plot of `experiments.simulate_offload`: each policy's time over the chosen plan's."""
 
-import io
 import logging
 from typing import Any
 
@@ -12,6 +11,7 @@ logging.getLogger("matplotlib").setLevel(logging.WARNING)  # "generated new font
 import matplotlib.pyplot as plt  # noqa: E402
 
 from experiments import cli  # noqa: E402
+from experiments.plot_file import png_of  # noqa: E402
 
 COLORS = ("#999999", "#0072b2", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#e69f00",
           "black")  # fmt: skip
@@ -36,7 +36,4 @@ def plot(figures: dict[str, Any], path: str) -> None:
     axes.set_xlabel("simulated time over that of the chosen plan")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", frameon=False, fontsize="small", ncols=5)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120, format="png")
-    plt.close(figure)
-    cli.write_bytes(path, png.getvalue())
+    cli.write_bytes(path, png_of(figure))

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from experiments import cli
 from experiments.bench.timing import ROUNDS, interleave
+from experiments.plot_file import png_of
 from moejax.aot.hlo import parse_hlo
 from moejax.collectives.builders import BUILDERS, hierarchical_all_reduce, native
 from moejax.collectives.codecs import BlockQuant
@@ -182,10 +183,7 @@ def draw(records: list[dict], path: str) -> None:
         if names:
             panel.legend(fontsize=5)
     panels[0].set(ylabel="busbw, GB/s")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
-    cli.write_bytes(path, picture.getvalue())
+    cli.write_bytes(path, png_of(figure, dpi=110, tight=True))
 
 
 def table_of(records: list[dict]) -> str:

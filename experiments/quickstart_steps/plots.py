@@ -1,6 +1,5 @@
 """Quickstart step 5: the pictures."""
 
-import io
 import pathlib
 
 import matplotlib
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import cli
+from experiments.plot_file import png_of
 from experiments.quickstart_steps.decode import ModeResult
 from experiments.quickstart_steps.predict import LABELS
 
@@ -27,10 +27,7 @@ def _save(axes: Axes, path: pathlib.Path, title: str, x: str, y: str) -> None:
 
 def _write(figure: Figure, path: pathlib.Path) -> None:
     figure.tight_layout()
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120, format="png")
-    plt.close(figure)
-    cli.write_bytes(path, png.getvalue())
+    cli.write_bytes(path, png_of(figure))
 
 
 def _axes(width: float = 7.0, height: float = 4.2) -> Axes:

@@ -1,12 +1,12 @@
 """Figures, table and pictures of the comparison."""
 
-import io
 import statistics
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from experiments.plot_file import png_of
 from experiments.sync_steps.methods import METHODS
 
 BOUND = 0.02  # over the loss of synchronous training
@@ -96,7 +96,4 @@ def draw(figures: dict[str, Any], common_steps: int) -> bytes:
     left.set(xscale="log", xlabel="times fewer bytes", ylabel="held-out loss over synchronous, %")
     right.set(xlabel="step", ylabel="training nats per byte, mean of seeds")
     left.legend(fontsize=7)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    return picture.getvalue()
+    return png_of(figure, tight=True)

@@ -56,8 +56,6 @@ def test_experts_that_are_not_those_of_the_weights_are_refused(num_experts, axis
     def body(weights):
         return weights * experts_per_rank(num_experts, axis, weights)
 
-    run = jax.shard_map(
-        body, mesh=make_mesh(data=2, expert=4), in_specs=spec, out_specs=spec, check_vma=False
-    )
+    run = jax.shard_map(body, mesh=make_mesh(data=2, expert=4), in_specs=spec, out_specs=spec)
     with pytest.raises(InputError, match=re.escape(message)):
         jax.eval_shape(run, jnp.zeros((8, 3)))
