@@ -22,7 +22,7 @@ from experiments.generate_steps import decode, predictor
 from experiments.generate_steps.model_folder import find_folder
 from experiments.generate_steps.text import Text, pad, read_text
 from moejax.core.errors import InputError, check, check_seed
-from moejax.interop.load import LoadedModel, load, read_config
+from moejax.interop.load import LoadedModel, Source, load, open_source
 from moejax.kernels.quantized import FORMATS, Format
 from moejax.offload.budget import parse_budget
 from moejax.predictors.store import Predictor
@@ -50,12 +50,12 @@ def main() -> None:
     check_flags()
     folder = find_folder(str(MODEL.value))
     cli.check_writable(cli.JSON.value)
-    cfg, context = read_config(folder, dtype=DTYPE.value)
-    text = read_text(folder, cfg.vocab_size)
+    source = open_source(folder, dtype=DTYPE.value)
+    text = read_text(folder, source.cfg.vocab_size)
     prompts = [text.encode(prompt, chat=CHAT.value) for prompt in read_prompts()]
-    check_room(prompts, context)
-    learned = predictor.read_fitted(PREDICTOR.value, FITTED.value, cfg)
-    model = load_model(folder, prompts)
+    check_room(prompts, source.context)
+    learned = predictor.read_fitted(PREDICTOR.value, FITTED.value, source.cfg)
+    model = load_model(source, prompts, learned)
     tokens, mask = decode.as_arrays(*pad(prompts, vocab_size=model.cfg.vocab_size))
     engine = decode.compiled(make(model, learned), tokens, mask)
     printer = Printer(text, stream=len(prompts) == 1)
@@ -129,19 +129,20 @@ def check_room(prompts: list[list[int]], context: int) -> None:
     )
 
 
-def load_model(folder: pathlib.Path, prompts: list[list[int]]) -> LoadedModel:
+def load_model(source: Source, prompts: list[list[int]], learned: Predictor | None) -> LoadedModel:
     """The weights, with a progress bar; the KV cache fits prompts and new tokens."""
+    kept = predictor.device_bytes(PREDICTOR.value, learned, source.cfg, len(prompts))
     columns = TextColumn("load"), BarColumn(), DownloadColumn()
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("load", total=None)
         return load(
-            folder,
+            source,
             budget=None if BUDGET.value.strip().lower() == "none" else BUDGET.value,
-            dtype=DTYPE.value,
             experts_dtype=cast(Format | None, EXPERTS.value),
             batch=len(prompts),
             capacity=max(len(prompt) for prompt in prompts) + NEW.value,
             lanes=LANES.value if PREDICTOR.value != "none" else 0,
+            predictor_bytes=kept,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
 

@@ -1,10 +1,15 @@
 """What `--predictor` names: the model's own routers, or a predictor that was fitted to it."""
 
 import pathlib
+from typing import Any
+
+import jax
 
 from moejax.core.errors import check
+from moejax.core.memory import nbytes
 from moejax.models.config import DecoderConfig
-from moejax.models.decoder import DecoderParams
+from moejax.models.decoder import DecoderParams, init_decoder
+from moejax.models.experts import stacking_copies
 from moejax.predictors.history import HistoryParams
 from moejax.predictors.residual import ResidualParams
 from moejax.predictors.store import Predictor, describe, restore_predictor
@@ -52,3 +57,18 @@ def make_prediction(
     if learned is not None:
         return prediction.fitted(learned, params, cfg)
     return prediction.next_gate(params, cfg) if name == "next_gate" else None
+
+
+def device_bytes(name: str, learned: Predictor | None, cfg: DecoderConfig, batch: int) -> int:
+    """What the prediction keeps on the device beside the model, for `batch` sequences.
+
+    That is a fitted predictor's weights, the history of the sequences, and the stacked routers
+    where they are not the model's own arrays.
+    """
+
+    def kept(key: jax.Array, learned: Predictor | None) -> tuple[Any, Any]:
+        made = make_prediction(name, learned, init_decoder(key, cfg), cfg)
+        return (made.params, made.init(made.params, batch)) if made else (None, None)
+
+    params, history = jax.eval_shape(kept, jax.random.key(0), learned)
+    return nbytes(history) + nbytes(params if stacking_copies(cfg) else learned)

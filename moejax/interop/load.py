@@ -7,6 +7,7 @@ engine = make_engine(model.params, model.experts, model.cfg, model.mesh,
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,19 @@ from moejax.core.mesh import make_mesh
 from moejax.interop.hf.buffers import make_buffers, read_index
 from moejax.interop.hf.load import (
     Imported,
+    OpenModel,
     Progress,
     abstract_model,
-    folder_config,
     load_folder,
+    open_model,
 )
 from moejax.interop.hf.plan import Place, group_entry, places
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.kernels.quantized import Format, is_quantized, whole_matrix
 from moejax.layers.moe import MoEParams
-from moejax.models.config import DecoderConfig, LayerGroup
+from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
-from moejax.models.experts import split_experts, without_experts
+from moejax.models.experts import split_experts, stacking_copies, without_experts
 from moejax.models.footprint import plan_offload
 from moejax.models.restore import ExpertMemory, read_model_config, restore_params
 from moejax.offload.budget import parse_budget
@@ -60,8 +62,43 @@ class LoadedModel:
     context: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A folder of which is known what model it holds; no weights have been read.
+
+    Attributes:
+        context: positions that the model was made for, 0 where nothing says it.
+        hf: what was read of a Hugging Face folder; None for checkpoints of moejax.
+        step, kept: which checkpoint of moejax it is, and what that keeps of a Hugging Face folder.
+    """
+
+    path: pathlib.Path
+    cfg: DecoderConfig
+    context: int
+    hf: OpenModel | None = None
+    step: int | None = None
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def open_source(path: str | pathlib.Path, *, dtype: str | None = None) -> Source:
+    """The model in a folder of either kind, `dtype` as in `load`; reads no weights."""
+    folder = pathlib.Path(path)
+    if _is_hf(folder):
+        hf = open_model(folder, dtype=dtype)
+        return Source(path=folder, cfg=hf.cfg, context=hf.context, hf=hf)
+    with checkpoints.open_manager(folder, read_only=True) as manager:
+        step = checkpoints.latest_step(manager)
+        cfg, extra = read_model_config(manager, step)
+    check(
+        dtype is None or jnp.dtype(dtype) == cfg.jnp_dtype,
+        f"{folder} holds {cfg.dtype}; dtype={dtype} would convert it",
+    )
+    kept = extra.get(HF, {})
+    return Source(path=folder, cfg=cfg, context=kept.get("context", 0), step=step, kept=kept)
+
+
 def load(
-    path: str | pathlib.Path,
+    source: str | pathlib.Path | Source,
     *,
     mesh: Mesh | None = None,
     budget: str | None = None,
@@ -70,20 +107,23 @@ def load(
     batch: int = 1,
     capacity: int | None = None,
     lanes: int = 0,
+    predictor_bytes: int = 0,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """The model in folder `path`: config.json and safetensors, or checkpoints of moejax.
+    """The model in a folder: config.json and safetensors, or checkpoints of moejax.
 
     Args:
+        source: the folder, or what `open_source` made of it.
         mesh: None for the first device alone.
         budget: total device bytes, such as `8GiB`, or the share of the experts, such as `25%`;
             None keeps all experts on the device.
-        dtype: `float32` or `bfloat16`; None for that of the checkpoint.
+        dtype: `float32` or `bfloat16`; None for that of the checkpoint, and for a `Source`.
         experts_dtype: `int8`, `int4` or `fp8` quantises the routed experts as they are read, and
             the budget counts what they are then: outputs are no longer those of the full weights.
         batch, capacity: sequences and positions that the budget must hold; None for 1024
             positions, or the model's context where that is shorter.
         lanes: experts fetched ahead per layer; wants a prediction when the engine is made.
+        predictor_bytes: what that prediction adds to the model on the device; the budget holds it.
         progress: called with bytes done and in all.
 
     Raises `InputError` for a wrong or damaged checkpoint, a capacity past the model's context and
@@ -94,7 +134,8 @@ def load(
     check(capacity is None or capacity >= 1, f"capacity={capacity} must be at least 1")
     mesh = make_mesh() if mesh is None else mesh
     memory: ExpertMemory = "device" if wanted is None else "pinned_host"
-    cfg, context = read_config(path, dtype=dtype)
+    source = _opened(source, dtype)
+    cfg, context = source.cfg, source.context
     capacity = capacity or min(1024, context or 1024)
     check(
         not context or capacity <= context,
@@ -102,16 +143,10 @@ def load(
     )
     # Before the weights: reading them may take minutes.
     abstract = abstract_model(cfg, mesh=mesh, expert_memory=memory, experts_dtype=experts_dtype)
-    offload = plan_offload(
-        wanted, cfg, *abstract, mesh, batch=batch, capacity=capacity, lanes=lanes
-    )
+    room: Any = dict(batch=batch, capacity=capacity, lanes=lanes, predictor_bytes=predictor_bytes)
+    offload = plan_offload(wanted, cfg, *abstract, mesh, **room)
     found = read_model(
-        path,
-        mesh=mesh,
-        dtype=dtype,
-        experts_dtype=experts_dtype,
-        expert_memory=memory,
-        progress=progress,
+        source, mesh=mesh, experts_dtype=experts_dtype, expert_memory=memory, progress=progress
     )
     return LoadedModel(
         cfg=found.cfg,
@@ -124,18 +159,11 @@ def load(
     )
 
 
-def read_config(path: str | pathlib.Path, *, dtype: str | None = None) -> tuple[DecoderConfig, int]:
-    """The model of either kind of folder and its context (0: unknown); reads no weights."""
-    folder = pathlib.Path(path)
-    if _is_hf(folder):
-        return folder_config(folder, dtype=dtype)
-    with checkpoints.open_manager(folder, read_only=True) as manager:
-        cfg, extra = read_model_config(manager, checkpoints.latest_step(manager))
-    check(
-        dtype is None or jnp.dtype(dtype) == cfg.jnp_dtype,
-        f"{folder} holds {cfg.dtype}; dtype={dtype} would convert it",
-    )
-    return cfg, extra.get(HF, {}).get("context", 0)
+def _opened(source: str | pathlib.Path | Source, dtype: str | None) -> Source:
+    if not isinstance(source, Source):
+        return open_source(source, dtype=dtype)
+    check(dtype is None, f"dtype={dtype} of {source.path}, which was opened as {source.cfg.dtype}")
+    return source
 
 
 def _is_hf(folder: pathlib.Path) -> bool:
@@ -149,7 +177,7 @@ def _is_hf(folder: pathlib.Path) -> bool:
 
 
 def read_model(
-    path: str | pathlib.Path,
+    source: str | pathlib.Path | Source,
     *,
     mesh: Mesh,
     dtype: str | None = None,
@@ -161,27 +189,25 @@ def read_model(
 
     A model whose experts are quantised (`experts_dtype`, see `load`) cannot be written.
     """
-    folder = pathlib.Path(path)
-    if _is_hf(folder):
-        return load_folder(
-            folder,
-            mesh=mesh,
-            dtype=dtype,
-            experts_dtype=experts_dtype,
-            expert_memory=expert_memory,
-            progress=progress,
-        )
-    read_config(folder, dtype=dtype)  # refuses another dtype
-    return _restore(folder, mesh, expert_memory, experts_dtype)
+    source = _opened(source, dtype)
+    if source.hf is None:
+        return _restore(source, mesh, expert_memory, experts_dtype)
+    return load_folder(
+        source.hf,
+        mesh=mesh,
+        experts_dtype=experts_dtype,
+        expert_memory=expert_memory,
+        progress=progress,
+    )
 
 
 def _restore(
-    folder: pathlib.Path, mesh: Mesh, expert_memory: ExpertMemory, experts_dtype: Format | None
+    source: Source, mesh: Mesh, expert_memory: ExpertMemory, experts_dtype: Format | None
 ) -> Imported:
-    """The newest checkpoint of moejax."""
-    params, cfg = restore_params(folder, mesh=mesh, expert_memory=expert_memory)
-    with checkpoints.open_manager(folder, read_only=True) as manager:
-        kept = checkpoints.read_extra(manager, checkpoints.latest_step(manager)).get(HF, {})
+    """The checkpoint of moejax that `source` is."""
+    params, cfg = restore_params(
+        source.path, source.cfg, mesh=mesh, expert_memory=expert_memory, step=source.step
+    )
     abstract = abstract_model(
         cfg, mesh=mesh, expert_memory=expert_memory, experts_dtype=experts_dtype
     )[1]
@@ -191,9 +217,9 @@ def _restore(
         cfg=cfg,
         params=dense,
         experts=experts,
-        hf_config=kept.get("config", {}),
-        stored_dtypes=kept.get("stored_dtypes", {}),
-        context=kept.get("context", 0),
+        hf_config=source.kept.get("config", {}),
+        stored_dtypes=source.kept.get("stored_dtypes", {}),
+        context=source.context,
         tensors_read=arrays,
     )
 
@@ -205,9 +231,7 @@ def _split(
 
     Consumes the experts of `params`: each array is freed once it has been copied.
     """
-    moe_groups = [group for group in cfg.groups if any(layer.moe for layer in group.layers)]
-    whole = len(moe_groups) == 1 and isinstance(moe_groups[0], LayerGroup)
-    if whole and not is_quantized(abstract):
+    if not stacking_copies(cfg) and not is_quantized(abstract):
         return split_experts(params, cfg)
     at = [place for place in places(cfg) if place.moe_layer is not None]
     sources = [jax.tree.leaves(_experts_at(params, place)) for place in at]

@@ -53,6 +53,12 @@ def stack_moe(params: DecoderParams, cfg: DecoderConfig, get: Callable[[MoEParam
     return stacks[0] if len(stacks) == 1 else jax.tree.map(_concatenate, *stacks)
 
 
+def stacking_copies(cfg: DecoderConfig) -> bool:
+    """Whether `stack_moe` copies: the MoE layers are several groups, or a part of a cycle."""
+    moe = [group for group in cfg.groups if any(layer.moe for layer in group.layers)]
+    return len(moe) != 1 or not isinstance(moe[0], LayerGroup)
+
+
 def _stack(layers: GroupParams, group: AnyGroup, get: Callable[[MoEParams], Any]) -> Any:
     """[layers of the group, ...], or None where they are not MoE layers."""
     if isinstance(layers, LayerParams):

@@ -26,8 +26,9 @@ def footprint(
     capacity: int,
     prompt: int | None = None,
     lanes: int = 0,
+    predictor_bytes: int = 0,
 ) -> Footprint:
-    """Device bytes of one rank besides slots and predictor; weights [Lm, E, ...] may be abstract.
+    """Device bytes of one rank besides slots; weights [Lm, E, ...] may be abstract.
 
     Workspace is that of the longest prompt, as long as `capacity` unless `prompt` says less: rows
     sorted into the experts and back in float32, and the logits.
@@ -43,6 +44,7 @@ def footprint(
         num_layers=cfg.num_moe_layers,
         num_experts=cfg.moe.num_experts // ranks,
         landing_experts=lanes + 1,
+        predictor_bytes=predictor_bytes,
     )
 
 
@@ -65,9 +67,11 @@ def plan_offload(
     batch: int,
     capacity: int,
     lanes: int = 0,
+    predictor_bytes: int = 0,
 ) -> OffloadConfig | None:
     """The cache that fits `budget` (as `parse_budget` gives it); None, all experts, without one.
 
+    `predictor_bytes` is what a prediction keeps on the device beside the model.
     Raises `InputError` that says the smallest budget when it does not suffice.
     """
     if budget is None:
@@ -80,6 +84,7 @@ def plan_offload(
         batch=batch,
         capacity=capacity,
         lanes=lanes,
+        predictor_bytes=predictor_bytes,
     )
     slots = solve_slots(budget, wants, min_slots=cfg.num_moe_layers)
     return OffloadConfig(num_slots=slots, prefetch_lanes=lanes)

@@ -12,10 +12,12 @@ from moejax.core.errors import InputError
 from moejax.core.memory import memory_kinds
 from moejax.core.mesh import make_mesh
 from moejax.experts.quantize import quantize_experts
+from moejax.interop import load as interop_load
 from moejax.interop.convert import write_checkpoint, write_folder
+from moejax.interop.hf import load as hf_load
 from moejax.interop.hf.load import load_folder
 from moejax.interop.hf.tensors import SINGLE
-from moejax.interop.load import load, read_model
+from moejax.interop.load import load, open_source, read_model
 from moejax.models.restore import restore_params
 from tests.interop.hf.cases import SHAPES
 from tests.interop.hf.models import Case, write_model
@@ -55,6 +57,26 @@ def test_a_budget_is_solved_to_slots(folder_of):
     assert (more.offload.num_slots, more.offload.prefetch_lanes) == (5, 2)
     fits = load(folder_of("olmoe"), budget="1GiB", capacity=64)
     assert fits.offload.num_slots == 16
+    with pytest.raises(InputError, match="predictor 1073741824"):
+        load(folder_of("olmoe"), budget="1GiB", capacity=64, predictor_bytes=2**30)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "moejax"])
+def test_a_source_is_read_once(folder_of, tmp_path, monkeypatch, kind):
+    """Config and headers are read when it is opened: afterwards only weights are."""
+    folder = folder_of("olmoe")
+    if kind == "moejax":
+        write_checkpoint(load_folder(folder, mesh=make_mesh()), tmp_path / "moejax")
+        folder = tmp_path / "moejax"
+    want = load(folder, dtype="float32")
+    source = open_source(folder, dtype="float32")
+    assert (source.cfg, source.context) == (want.cfg, want.context)
+    for module in (hf_load, interop_load):
+        monkeypatch.setattr(module, "open_model", None)
+    monkeypatch.setattr(interop_load, "read_model_config", None)
+    assert_same(load(source).params, want.params)
+    with pytest.raises(InputError, match="dtype=bfloat16 of .*, which was opened as float32"):
+        load(source, dtype="bfloat16")
 
 
 def test_a_budget_counts_quantised_bytes(folder_of):

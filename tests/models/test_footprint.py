@@ -40,12 +40,16 @@ def test_everything_is_counted():
 
 def test_a_budget_becomes_slots():
     dense, experts = weights()
-    plan = lambda budget: plan_offload(  # noqa: E731
-        budget, CFG, dense, experts, make_mesh(), batch=1, capacity=4
+    plan = lambda budget, predictor=0: plan_offload(  # noqa: E731
+        budget, CFG, dense, experts, make_mesh(), batch=1, capacity=4, predictor_bytes=predictor
     )
     assert plan(None) is None and plan(1.0).num_slots == 7 and plan(10**9).num_slots == 8
     with pytest.raises(InputError, match="the minimum is 2 slots"):
         plan(0.1)
+    fixed = footprint(CFG, dense, experts, ranks=1, batch=1, capacity=4).fixed_bytes
+    three = fixed + 3 * 3 * 8 * 6 * 4
+    assert plan(three).num_slots == plan(three + 7, predictor=7).num_slots == 3
+    assert plan(three, predictor=7).num_slots == 2
 
 
 def test_a_step_reads_an_embedding_only_where_it_is_the_output_too():

@@ -25,13 +25,14 @@ from moejax.core.errors import check
 from moejax.core.memory import device_sharding, host_sharding, nbytes
 from moejax.core.mesh import check_divisible
 from moejax.experts.quantize import abstract_quantized
+from moejax.interop.hf.architecture import Architecture
 from moejax.interop.hf.buffers import make_buffers
 from moejax.interop.hf.fields import Fields
 from moejax.interop.hf.packed import Tensor, unpacked
 from moejax.interop.hf.plan import Piece, check_size, check_tensors, leaves_of, make_plan
 from moejax.interop.hf.registry import find_architecture
 from moejax.interop.hf.rope import context_of
-from moejax.interop.hf.tensors import open_folder, read_json
+from moejax.interop.hf.tensors import Stored, open_folder, read_json
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.kernels.quantized import Format, whole_matrix
 from moejax.models.config import DecoderConfig
@@ -43,6 +44,23 @@ OUT, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 # What older versions of libraries wrote beside the weights.
 IGNORED = (r".*\.rotary_emb\.inv_freq$",)
 Progress = Callable[[int, int], None]  # (bytes written, bytes of the target)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """A checkpoint folder of which config.json and the headers of its files have been read."""
+
+    path: pathlib.Path
+    architecture: Architecture
+    stored: dict[str, Stored]
+    values: dict[str, Any]  # config.json
+    fields: Fields
+    cfg: DecoderConfig
+
+    @property
+    def context(self) -> int:
+        """Positions that the model was made for."""
+        return context_of(self.fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +93,7 @@ class Imported:
 
 
 def load_folder(
-    path: str | pathlib.Path,
+    path: str | pathlib.Path | OpenModel,
     *,
     mesh: Mesh,
     dtype: str | None = None,
@@ -86,8 +104,8 @@ def load_folder(
     """The model in folder `path`, which holds config.json and safetensors files.
 
     Args:
-        dtype: of the weights, `float32` or `bfloat16`; None for that of the checkpoint (float16
-            becomes float32, which holds it exactly). Routers are always float32.
+        path: the folder, or what `open_model` made of it.
+        dtype: as in `open_model`; None where that was called.
         experts_dtype: quantises each matrix of the routed experts from its stored values, as it is
             read (`experts.quantize`); None keeps them.
         expert_memory: where the experts go; the rest goes to device memory.
@@ -98,23 +116,23 @@ def load_folder(
     hold NaN; in experts that are quantised it is an error. Cost: one read of the files; host memory
     peaks at the target and two tensors, at three where one is quantised.
     """
-    folder = pathlib.Path(path)
-    architecture, stored, values, fields, cfg = _open(folder, dtype)
+    opened = path if isinstance(path, OpenModel) else open_model(path, dtype=dtype)
+    folder, cfg, stored, values = opened.path, opened.cfg, opened.stored, opened.values
     tensors = unpacked(stored, values.get("quantization_config"))
     target = abstract_model(
         cfg, mesh=mesh, expert_memory=expert_memory, experts_dtype=experts_dtype
     )
-    plan = make_plan(architecture.rules(cfg), cfg, leaves_of(target), tensors)
+    plan = make_plan(opened.architecture.rules(cfg), cfg, leaves_of(target), tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    ignored = (*IGNORED, *architecture.ignored(cfg))
-    ignored = (*ignored, *map(re.escape, architecture.placeholders(cfg)))
+    ignored = (*IGNORED, *opened.architecture.ignored(cfg))
+    ignored = (*ignored, *map(re.escape, opened.architecture.placeholders(cfg)))
     if cfg.tie_embeddings and OUT in tensors:
         same = np.array_equal(tensors[OUT].read(None), tensors[EMBED].read(None))
         check(same, f"{folder}: embeddings are tied, but {OUT} differs from {EMBED}")
         ignored = (*ignored, re.escape(OUT))
     unused = check_tensors(plan, shapes, ignored, str(folder))
     params, experts = _fill(target, plan, tensors, str(folder), progress)
-    main = stored_dtype(fields)
+    main = stored_dtype(opened.fields)
     return Imported(
         cfg=cfg,
         params=params,
@@ -127,28 +145,33 @@ def load_folder(
             and str(stored[piece.name].dtype) != main
             and stored[piece.name].dtype.itemsize > 1
         },
-        context=context_of(fields),
+        context=opened.context,
         tensors_read=len({name for piece in plan for name in tensors[piece.name].uses}),
         unused=tuple(unused),
     )
 
 
-def folder_config(
-    path: str | pathlib.Path, *, dtype: str | None = None
-) -> tuple[DecoderConfig, int]:
-    """The model in folder `path` and its context in positions, without reading weights."""
-    *_, fields, cfg = _open(pathlib.Path(path), dtype)
-    return cfg, context_of(fields)
+def open_model(path: str | pathlib.Path, *, dtype: str | None = None) -> OpenModel:
+    """Reads what says what the model in folder `path` is, and no weights.
 
-
-def _open(folder: pathlib.Path, dtype: str | None):
-    """(architecture, tensors as stored, config.json, its fields, the model's config)."""
+    Args:
+        dtype: of the weights, `float32` or `bfloat16`; None for that of the checkpoint (float16
+            becomes float32, which holds it exactly). Routers are always float32.
+    """
+    folder = pathlib.Path(path)
     values = read_json(folder / "config.json")
     architecture, stored = find_architecture(values, folder), open_folder(folder)
     # Libraries leave this field out where it has their default, which is not always the same.
     fields = Fields({"tie_word_embeddings": OUT not in stored} | values)
     cfg = dataclasses.replace(architecture.read_config(fields), dtype=pick_dtype(fields, dtype))
-    return architecture, stored, values, fields, cfg
+    return OpenModel(
+        path=folder,
+        architecture=architecture,
+        stored=stored,
+        values=values,
+        fields=fields,
+        cfg=cfg,
+    )
 
 
 def stored_dtype(fields: Fields) -> str:

@@ -1,5 +1,7 @@
 """What `--predictor` and `--predictor_dir` give, and the combinations that are refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from experiments.generate_steps import predictor
 from moejax.core.errors import InputError
+from moejax.core.memory import nbytes
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import moe_decoder
 from moejax.models.decoder import init_decoder
@@ -63,6 +66,23 @@ def test_every_name_gives_its_prediction(folder, dense):
     history = make("history", str(folder / "history"), dense)
     state = history.init(history.params, 2)
     np.testing.assert_array_equal(state.ema, np.ones((L, 2, E)))
+
+
+def test_the_bytes_of_a_prediction(folder):
+    """Its weights, what it keeps of sequences, and routers where they must be copied to be one."""
+    one = decoder()
+    split = dataclasses.replace(
+        one, groups=tuple(dataclasses.replace(one.groups[0], num_layers=n) for n in (1, 2))
+    )
+    routers = 4 * L * D * E
+    # Averages [L, B, E], the choices of four layers [B, 4, K], the newest tokens [B].
+    state = 4 * (L * 3 * E + 3 * 4 * 2 + 3)
+    cases = {"none": (0, 0), "next_gate": (0, routers), "learned": (0, routers)}
+    for name, (kept, copied) in (cases | {"history": (state, 0)}).items():
+        where = str(folder / name) if name in predictor.FITTED else None
+        learned = predictor.read_fitted(name, where, one)
+        assert predictor.device_bytes(name, learned, one, 3) == nbytes(learned) + kept
+        assert predictor.device_bytes(name, learned, split, 3) == nbytes(learned) + kept + copied
 
 
 def test_a_folder_goes_with_the_predictors_that_are_fitted():
