@@ -22,9 +22,10 @@ from moejax.models.decoder import DecoderParams, Record, forward
 from moejax.predictors import baselines, fit, history, residual
 from moejax.predictors.config import PredictConfig
 from moejax.predictors.evaluate import Evaluation, check_fresh_gate, evaluate
-from moejax.predictors.features import Recording, recorded_features
+from moejax.predictors.features import recorded_features
 from moejax.predictors.history import HistoryParams
 from moejax.predictors.mlp import select
+from moejax.predictors.recording import Recording
 from moejax.predictors.residual import ResidualParams
 from moejax.predictors.store import save_predictor
 from moejax.routing.gates import RouterParams
@@ -225,7 +226,7 @@ def heldout_trace(
     itemsize = model.jnp_dtype.itemsize
     return from_recorded(
         held_out.topk_idx.reshape(layers, count * window, top_k),
-        topk_weights=held_out.topk_weights.reshape(layers, count * window, top_k),
+        topk_weights=held_out.weights.reshape(layers, count * window, top_k),
         num_experts=model.moe.router.num_experts,
         expert_bytes=3 * model.d_model * model.moe.d_ff * itemsize,
         sequence_lengths=np.full(count, window),

@@ -1,13 +1,14 @@
 """How good a prediction is, in the units that offloading pays in. numpy.
 
 All figures are per target layer and over valid tokens of held-out sequences; padding counts
-nowhere. Ties go to the lower expert id, as in the gates.
+nowhere. Ties go to the lower expert id, as in the gates. Every predictor at every horizon is judged
+here: what a score was made from does not matter.
 
     recall          fraction of the chosen (token, expert) pairs among the token's m best scores
     exact_set       fraction of tokens whose m = k best are exactly the chosen k
     weight_mass     as recall, each pair weighed by its router weight
-    token_coverage  as recall, when the m experts are picked once for a batch of sequences
     wasted_bytes    bytes per token fetched for the m best and not chosen
+    token_coverage, coverage_error, hot_rank    of a batch: see `moejax.predictors.coverage`
 
 Axis letters:
     L  MoE layers    B  sequences    S  positions    K  experts per token    E  experts
@@ -21,22 +22,24 @@ import numpy as np
 
 from moejax.core.errors import InputError, check
 from moejax.predictors import next_gate
-from moejax.predictors.baselines import one_hot_sets
-from moejax.predictors.features import Recording
+from moejax.predictors.coverage import batch_figures
 from moejax.predictors.mlp import select
+from moejax.predictors.recording import Recording
 from moejax.routing.config import RouterConfig
 from moejax.routing.gates import RouterParams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Figures of one predictor; every list has one entry per target layer 1 .. L - 1."""
+    """Figures of one predictor; every list has one entry per target layer h .. L - 1."""
 
     recall: dict[int, list[float]]  # by m
     exact_set: list[float]
-    weight_mass: dict[int, list[float]]  # by m
-    token_coverage: dict[int, list[float]]  # by m
+    weight_mass: dict[int, list[float]]  # by m; empty when the weights were not recorded
     wasted_bytes: dict[int, list[float]]  # by m, bytes per token
+    token_coverage: dict[int, list[float]]  # by m of a batch
+    coverage_error: dict[int, list[float]]  # by m of a batch
+    hot_rank: dict[int, list[float]]  # by m of a batch
 
     def mean_recall(self, m: int) -> float:
         """Mean of recall@m over the target layers."""
@@ -53,19 +56,19 @@ def evaluate(
     recording: Recording,
     *,
     expert_bytes: int,
+    horizon: int = 1,
     sizes: Sequence[int] | None = None,
     coverage_batch: int = 16,
 ) -> Evaluation:
-    """Scores [L - 1, B, S, E] against the choices of layers 1 .. L - 1.
+    """Scores [L - h, B, S, E] against the choices of layers h .. L - 1, h being the horizon.
 
     Args:
         expert_bytes: bytes of one expert.
         sizes: the m to report, by default k, k + 2 and 2 k.
-        coverage_batch: sequences decoded side by side for `token_coverage`, which is reported at
-            a quarter and a half of the experts; tokens of the same position in that many
-            sequences, spread over the recording, form one batch. B % batch are left out.
+        coverage_batch: sequences decoded side by side; the figures of a batch are reported at an
+            eighth, a quarter and a half of the experts.
     """
-    chosen = recording.topk_idx[1:]
+    chosen = recording.topk_idx[horizon:]
     top_k, num_experts = chosen.shape[-1], scores.shape[-1]
     check(
         scores.shape[:-1] == chosen.shape[:-1],
@@ -76,52 +79,32 @@ def evaluate(
         1 <= min(sizes) and max(sizes) <= num_experts,
         f"sizes={sizes} must be between 1 and num_experts={num_experts}",
     )
-    rank, real = _ranks(scores, chosen)
-    weights = np.where(real, recording.topk_weights[1:], 0.0)
-    tokens = np.maximum(real.any(-1).sum((1, 2)), 1)
+    batched = batch_figures(scores, chosen, _batch_sizes(num_experts), coverage_batch)
+    seen = (chosen < num_experts).any((0, 3))  # padding costs as much time as tokens
+    rank, real = _ranks(scores[:, seen], chosen[:, seen])
+    tokens = np.maximum(real.any(-1).sum(1), 1)
 
     def share(part: np.ndarray, whole: np.ndarray) -> list[float]:
-        return (part.sum((1, 2, 3)) / np.maximum(whole.sum((1, 2, 3)), 1e-20)).tolist()
+        return (part.sum((1, 2)) / np.maximum(whole.sum((1, 2)), 1e-20)).tolist()
 
     hit = {m: rank < m for m in sizes}
-    exact = (rank < top_k).all(-1)
+    mass = {}
+    if recording.topk_weights is not None:
+        weights = np.where(real, recording.topk_weights[horizon:][:, seen], 0.0)
+        mass = {m: share(hit[m] * weights, weights) for m in sizes}
     return Evaluation(
         recall={m: share(hit[m], real) for m in sizes},
-        exact_set=(exact.sum((1, 2)) / tokens).tolist(),
-        weight_mass={m: share(hit[m] * weights, weights) for m in sizes},
-        token_coverage=token_coverage(
-            scores, chosen, (max(1, num_experts // 4), max(1, num_experts // 2)), coverage_batch
-        ),
+        exact_set=((rank < top_k).all(-1).sum(1) / tokens).tolist(),
+        weight_mass=mass,
         wasted_bytes={
-            m: (expert_bytes * (m - hit[m].sum((1, 2, 3)) / tokens)).tolist() for m in sizes
+            m: (expert_bytes * (m - hit[m].sum((1, 2)) / tokens)).tolist() for m in sizes
         },
+        **dataclasses.asdict(batched),
     )
 
 
-def token_coverage(
-    scores: np.ndarray, chosen: np.ndarray, sizes: Sequence[int], batch: int
-) -> dict[int, list[float]]:
-    """Recall when one set of m experts is picked for `batch` sequences.
-
-    Every token votes for the k experts that it scores highest; the votes' mean softmax orders
-    experts with as many votes.
-    """
-    targets, sequences, length, num_experts = scores.shape
-    top_k, batch = chosen.shape[-1], min(batch, sequences)
-    groups = sequences // batch
-    scores, chosen = scores[:, : groups * batch], chosen[:, : groups * batch]
-    shape = (targets, batch, groups, length, -1)
-    asked = np.moveaxis(chosen.reshape(shape), 1, 3)  # [L - 1, groups, S, batch, K]
-    asked = asked.reshape(targets, groups * length, batch * top_k)
-    share = np.exp(scores - scores.max(-1, keepdims=True))
-    share /= share.sum(-1, keepdims=True) * (batch + 1)
-    best = np.argsort(-scores, axis=-1, kind="stable")[..., :top_k]
-    votes = share + one_hot_sets(best, num_experts)
-    votes *= (chosen < num_experts).any(-1, keepdims=True)
-    votes = votes.reshape(shape).sum(1).reshape(targets, groups * length, num_experts)
-    rank, real = _ranks(votes, asked)
-    total = np.maximum(real.sum((1, 2)), 1)
-    return {m: ((rank < m).sum((1, 2)) / total).tolist() for m in sizes}
+def _batch_sizes(num_experts: int) -> tuple[int, ...]:
+    return tuple(sorted({max(1, num_experts // part) for part in (8, 4, 2)}))
 
 
 def _ranks(scores: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

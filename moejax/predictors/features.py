@@ -18,39 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from moejax.core.errors import InputError, check
+from moejax.predictors.recording import Recording
 
 NUM_RECENT = 4
 EMA_DECAY = 0.9
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Recording:
-    """Routing of B sequences of S tokens, right-padded with `topk_idx == E` and weight 0. numpy."""
-
-    tokens: np.ndarray  # int32 [B, S]
-    topk_idx: np.ndarray  # int32 [L, B, S, K]
-    topk_weights: np.ndarray  # float32 [L, B, S, K]
-    hidden: np.ndarray | None = None  # [L, B, S, D] gate inputs
-
-    def __post_init__(self):
-        shape = self.topk_idx.shape
-        check(len(shape) == 4 and shape[0] >= 2, f"topk_idx is {shape}, not [L >= 2, B, S, K]")
-        check(
-            self.tokens.shape == shape[1:3], f"tokens are {self.tokens.shape}, topk_idx is {shape}"
-        )
-        weights = self.topk_weights.shape
-        check(weights == shape, f"topk_weights are {weights}, topk_idx is {shape}")
-        if self.hidden is not None:
-            have = self.hidden.shape
-            check(have[:-1] == shape[:-1], f"hidden is {have}, topk_idx is {shape}")
-
-    @property
-    def activations(self) -> np.ndarray:
-        """`hidden`, which look-ahead cannot do without."""
-        if self.hidden is None:
-            raise InputError("look-ahead wants hidden states, this recording has none")
-        return self.hidden
 
 
 @struct.dataclass(kw_only=True)
@@ -98,7 +69,7 @@ def recorded_features(recording: Recording, start: jax.Array) -> HistoryFeatures
     Memory: (L - 1) * T * (E + R * K + 1) words.
     """
     recent, ema = _recorded_history(recording.topk_idx, start)
-    token = recording.tokens.astype(np.int32).reshape(1, -1)
+    token = recording.token_ids.astype(np.int32).reshape(1, -1)
     return HistoryFeatures(token=jnp.broadcast_to(token, ema.shape[:2]), recent=recent, ema=ema)
 
 

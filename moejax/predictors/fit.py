@@ -24,7 +24,8 @@ import optax
 from moejax.core.errors import check
 from moejax.predictors import history, next_gate, residual
 from moejax.predictors.config import FitConfig
-from moejax.predictors.features import Recording, multi_hot, popularity, recorded_features
+from moejax.predictors.features import multi_hot, popularity, recorded_features
+from moejax.predictors.recording import Recording
 from moejax.routing.config import RouterConfig
 from moejax.routing.gates import RouterParams
 

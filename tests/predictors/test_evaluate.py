@@ -7,7 +7,7 @@ import pytest
 
 from moejax.core.errors import InputError
 from moejax.predictors import evaluate
-from moejax.predictors.baselines import one_hot_sets
+from moejax.predictors.coverage import one_hot_sets
 from tests.predictors import synthetic
 from tests.predictors.synthetic import CFG, E, K, L
 
@@ -30,15 +30,26 @@ def test_metrics_by_hand():
     assert got.weight_mass[2] == pytest.approx([1.9 / 2.0])
     assert got.wasted_bytes == {2: [5.0], 4: [20.0]}
     assert got.token_coverage == {1: [0.5], 3: [0.75]}  # one sequence is its own batch
+    assert got.coverage_error == {1: [0.0], 3: [0.25]}
     assert got.mean_recall(2) == 0.75
 
 
-def test_coverage_of_a_batch():
-    """Three sequences share m = 2 fetches: the votes are 2 for expert 0, 1 for 1, 2, 3, 5."""
-    idx = np.array([[0, 1], [0, 2], [3, 5]]).reshape(1, 3, 1, 2)
-    scores = one_hot_sets(idx, 6) + np.linspace(0.0, 0.01, 6)[::-1]
-    got = evaluate.token_coverage(scores, idx, (1, 2, 5), batch=3)
-    assert got == {1: [2 / 6], 2: [3 / 6], 5: [6 / 6]}
+def test_horizon_shifts_the_targets():
+    """Layers 2 and 3 are predicted two layers ahead; only a score of the right layer is right."""
+    recording = synthetic.chained_choices(np.random.default_rng(0), batch=4, length=8)
+    right = one_hot_sets(recording.topk_idx[2:], E)
+    got = evaluate.evaluate(right, recording, expert_bytes=1, horizon=2)
+    assert got.recall[K] == [1.0] * (L - 2)
+    off_by_one = one_hot_sets(recording.topk_idx[1:-1], E)
+    got = evaluate.evaluate(off_by_one, recording, expert_bytes=1, horizon=2)
+    assert max(got.recall[K]) < 0.5
+
+
+def test_choices_without_weights_have_no_weight_mass():
+    scores, recording = two_tokens()
+    bare = dataclasses.replace(recording, topk_weights=None, tokens=None)
+    got = evaluate.evaluate(scores, bare, expert_bytes=10, sizes=(2, 4), coverage_batch=1)
+    assert got.weight_mass == {} and got.recall == {2: [0.75], 4: [1.0]}
 
 
 def test_padding_counts_nowhere():
