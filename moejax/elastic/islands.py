@@ -11,7 +11,8 @@ time limit, makes the outer step, and publishes the new revision with its weight
 these. So all adopt one island's result, to the bit, whatever it could gather; when the leader dies,
 the next one leads, from the highest revision that anybody alive has. Should two lead at once, for
 not having heard of each other, those on the side of the later name adopt the other's weights. A new
-island joins by pulling the latest.
+island joins by pulling the latest; where all that are ahead die before they give it, those that are
+left go on from what they have.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ class IslandConfig:
     Attributes:
         folder: seen by all islands; nothing else must write there.
         name: of this island, different from all others.
-        silent_s: an island that wrote nothing for so long is gone.
-        pull_s: what a pull may take.
+        silent_s: an island that wrote nothing for so long is gone; between rounds, `announce`.
+        pull_s: what a pull may take; shorter, because an island that pulls writes nothing.
         round_s: what followers wait for the leader's next revision.
     """
 
@@ -53,6 +54,10 @@ class IslandConfig:
         for name in ("silent_s", "pull_s", "round_s"):
             value = getattr(self, name)
             check(value > 0, f"{name}={value} must be positive")
+        check(
+            self.pull_s < self.silent_s,
+            f"pull_s={self.pull_s} must be below silent_s={self.silent_s}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,7 @@ class Card:
     revision: int
     author: str  # who made this revision
     offers: dict[str, int]  # what, of which revision, to whose life; to the id of its transfer
+    failed: list[int]  # offers of others that did not arrive, to be made again
     time: float
 
 
@@ -84,16 +90,22 @@ class Island:
         self.revision, self.author = -1, ""
         self._links: dict[str, Any] = {}
         self._kept: list[jax.Array] = []
+        self._made, self._failed = 0, []
 
     def join(self, weights: jax.Array) -> jax.Array:
         """The outer weights to start from: the leader's, or `weights` where nobody is ahead."""
         self.announce()
-        others = [card for card in self.others() if card.revision >= 0]
-        if not others:
-            self.revision = 0
-            self._publish(weights)
-            return weights
-        return self._follow(max(card.revision for card in others), weights)
+        deadline = time.time() + self.cfg.round_s
+        while time.time() < deadline:
+            if all(card.revision < 0 for card in self.others()):
+                self.revision = 0
+                self._publish(weights)
+                return weights
+            latest = self._adopt(weights)
+            if latest is not None:
+                return latest
+            self._wait()
+        raise TimeoutError(f"nobody gave its weights within {self.cfg.round_s} s")
 
     def synchronise(self, outer: jax.Array, movement: jax.Array, step: Any) -> jax.Array:
         """New outer weights, after one round, the same on all islands that took part.
@@ -104,19 +116,17 @@ class Island:
             step: called by the leader as `step(outer, mean movement, number of islands)`.
         """
         wanted = self.revision + 1
-        if any(self._better(card) for card in self.others()):
-            return self._follow(self.revision, outer)
         deadline = time.time() + self.cfg.round_s
         while time.time() < deadline:
-            ahead = [card for card in self.others() if card.revision >= wanted]
-            if ahead:
-                return self._follow(max(card.revision for card in ahead), outer)
-            leader = self.leader()
-            if leader is None:
-                return self._lead(outer, movement, step, wanted)
-            self._offer("movement", wanted, leader, movement)
-            self.announce()
-            time.sleep(0.05)
+            latest = self._adopt(outer)
+            if latest is not None:
+                return latest
+            if not any(self._better(card) for card in self.others()):
+                leader = self.leader()
+                if leader is None:
+                    return self._lead(outer, movement, step, wanted)
+                self._offer("movement", wanted, leader, movement)
+            self._wait()
         raise TimeoutError(f"no leader made revision {wanted} within {self.cfg.round_s} s")
 
     def leader(self) -> Card | None:
@@ -145,28 +155,26 @@ class Island:
                 if part is not None:
                     total, count = total + part, count + 1
                     del pending[name]
-            self.announce()
-            time.sleep(0.05)
+            self._wait()
         new = step(outer, total / count, count)
         self.revision, self.author = wanted, self.cfg.name
         self._publish(new)
         return new
 
-    def _follow(self, revision: int, like: jax.Array) -> jax.Array:
-        """Weights of at least this revision, from whoever has them."""
-        deadline = time.time() + self.cfg.round_s
-        while time.time() < deadline:
-            for card in sorted(self.others(), key=lambda card: (-card.revision, card.name)):
-                if card.revision < revision:
-                    continue
-                weights = self._pull(card, "weights", card.revision, like)
-                if weights is not None:
-                    self.revision, self.author = card.revision, card.author
-                    self._publish(weights)
-                    return weights
-            self.announce()
-            time.sleep(0.05)
-        raise TimeoutError(f"nobody gave revision {revision} within {self.cfg.round_s} s")
+    def _adopt(self, like: jax.Array) -> jax.Array | None:
+        """Weights of an island that is ahead; None when nobody is, or gives them yet."""
+        better = [card for card in self.others() if self._better(card)]
+        for card in sorted(better, key=lambda card: (-card.revision, card.author, card.name)):
+            weights = self._pull(card, "weights", card.revision, like)
+            if weights is not None:
+                self.revision, self.author = card.revision, card.author
+                self._publish(weights)
+                return weights
+        return None
+
+    def _wait(self) -> None:
+        self.announce()
+        time.sleep(0.05)
 
     def _publish(self, weights: jax.Array) -> None:
         """Offers the weights to all that are heard of; late ones get theirs by `announce`."""
@@ -175,17 +183,18 @@ class Island:
         self.announce()
 
     def _offer(self, what: str, revision: int, to: Card, vector: jax.Array) -> None:
-        # One offer serves one pull.
+        # One offer serves one pull, also one that fails.
         label = f"{what}@{revision}>{to.life}"
-        if label not in self._offers:
-            uuid = zlib.crc32(f"{self._life}/{label}".encode())
+        if label not in self._offers or self._offers[label] in to.failed:
+            self._made += 1
+            uuid = zlib.crc32(f"{self._life}/{label}/{self._made}".encode())
             self._server.await_pull(uuid, [vector])
             self._offers[label] = uuid
 
     def _pull(self, card: Card, what: str, revision: int, like: jax.Array) -> jax.Array | None:
         """What an island offers to this one; None when it does not, or is gone."""
-        label = f"{what}@{revision}>{self._life}"
-        if label not in card.offers:
+        uuid = card.offers.get(f"{what}@{revision}>{self._life}")
+        if uuid is None or uuid in self._failed:
             return None
         where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         spec = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=where)
@@ -194,10 +203,12 @@ class Island:
             key = card.address + card.life
             if key not in self._links:
                 self._links[key] = self._server.connect(card.address)
-            (vector,) = self._links[key].pull(card.offers[label], [spec], timeout=limit)
+            (vector,) = self._links[key].pull(uuid, [spec], timeout=limit)
             return jnp.asarray(jax.block_until_ready(vector))
         except jax.errors.JaxRuntimeError:
             self._links.pop(card.address + card.life, None)
+            self._failed.append(uuid)
+            self.announce()
             return None
 
     def announce(self) -> None:
@@ -213,6 +224,7 @@ class Island:
             revision=self.revision,
             author=self.author,
             offers=self._offers,
+            failed=self._failed,
             time=time.time(),
         )
         path = self._folder / f"{self.cfg.name}.json"
