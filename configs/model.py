@@ -10,7 +10,7 @@ from moejax.routing.config import RouterConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder over bytes whose layers are all equal MoE layers, with any token-choice gate."""
+    """A decoder whose layers are all equal MoE layers, with any token-choice gate."""
 
     num_layers: int
     d_model: int
@@ -19,13 +19,14 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    vocab_size: int = 256
     shared_d_ff: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def decoder(self) -> DecoderConfig:
         """Raises `InputError` where the knobs do not fit together."""
         return moe_decoder(
-            vocab_size=256,
+            vocab_size=self.vocab_size,
             d_model=self.d_model,
             num_layers=self.num_layers,
             num_heads=self.num_heads,

@@ -4,6 +4,7 @@ import dataclasses
 
 from configs.model import ModelConfig
 from moejax.core.errors import check
+from moejax.data.domains import DomainsConfig
 from moejax.data.text import TextConfig
 from moejax.sync.config import SyncConfig
 from moejax.training.config import TrainConfig
@@ -31,13 +32,14 @@ class RunConfig:
     """Everything that `--set` reaches.
 
     Attributes:
+        data: a text's bytes, or byte-pair tokens of several kinds of text.
         sync: what crosses `data`; by default the gradients, in every step.
         log_steps: how often metrics go to tensorboard; the log in the checkpoint has every step.
         eval_steps: how often held-out text is scored and the load of every expert is recorded.
         eval_batches: batches of held-out text that are scored.
     """
 
-    data: TextConfig = TextConfig()
+    data: TextConfig | DomainsConfig = TextConfig()
     model: ModelConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()

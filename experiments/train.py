@@ -18,11 +18,11 @@ from experiments import cli
 from experiments.train_steps import launch
 from experiments.train_steps.advised import follow_calibration
 from experiments.train_steps.load_config import load_config
+from experiments.train_steps.load_data import load_data, with_path
 from experiments.train_steps.run import make_source, run
 from moejax.core.errors import check
 from moejax.core.overlay import overlay
 from moejax.costmodel.advice import read_calibration
-from moejax.data.text import load_corpus
 from moejax.training.heldout import heldout_starts
 from moejax.training.program import check_program
 
@@ -43,12 +43,12 @@ def main() -> None:
     cli.check_writable(str(workdir / "tensorboard" / "events"))
     cfg = overlay(load_config(CONFIG.value), SET.value)
     if DATA.value is not None:
-        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, path=DATA.value))
+        cfg = dataclasses.replace(cfg, data=with_path(cfg.data, DATA.value))
     advice = None
     if CALIBRATION.value is not None:
         cfg, advice = follow_calibration(cfg, read_calibration(CALIBRATION.value))
     launch.check_flags(cfg.mesh.size)
-    model, corpus = cfg.model.decoder(), load_corpus(cfg.data)
+    model, corpus = cfg.model.decoder(), load_data(cfg, workdir)
     source = make_source(cfg, corpus)
     heldout_starts(corpus.heldout.data, cfg.train, cfg.eval_batches)
     sizes = dataclasses.asdict(cfg.mesh)
