@@ -34,6 +34,7 @@ def run_schedule(
     schedule: Schedule,
     x: Any,
     *,
+    prepare: Callable[[Any], Any] | None = None,
     transform: Transform | None = None,
     hook: Hook | None = None,
     carry: Any = None,
@@ -44,6 +45,9 @@ def run_schedule(
         schedule: over mesh axes that are manual here, with the sizes that they have.
         x: array or tree of arrays [C, ...], row i being chunk `schedule.start[rank][i]`. Rows of
             any shape and dtype; each array travels as a message of its own.
+        prepare: called once per start chunk as `prepare(row) -> row`, rows [1, ...]; what it
+            returns takes the chunk's place. Calls depend on nothing but their chunk, so those of
+            chunks that are used late may run while others travel.
         transform: called after every step as `transform(step, arrived) -> rows`; what it returns,
             M rows in the same order, takes the place of what landed and travels on in its stead.
         hook: called after every step as `hook(step, arrived, carry) -> carry`, with the rows
@@ -61,12 +65,14 @@ def run_schedule(
     _check_fits(schedule, x)
     x = vary_over(schedule.axes, x)
     if schedule.native:
-        unhooked = transform is None and hook is None
-        check(unhooked, f"native {schedule.native} takes no transform and no hook")
+        unhooked = prepare is None and transform is None and hook is None
+        check(unhooked, f"native {schedule.native} takes no prepare, transform or hook")
         return _native(schedule, x), carry
     plan = make_plan(schedule)
     rank = lax.axis_index(schedule.axes)
     values = _split(_take(x, plan.order, rank), len(schedule.start[0]))
+    if prepare is not None:
+        values = [prepare(value) for value in values]
     for index, messages in enumerate(plan.steps):
         with jax.named_scope(f"collective_step_{index}"):
             landed = _tie(_exchange(schedule, messages, values, rank))
@@ -199,12 +205,12 @@ def _in_mesh_order(
     """
     if len(schedule.axes) == 1:
         return schedule.axes, list(pairs)
-    names, number = jax.sharding.get_abstract_mesh().axis_names, mesh_numbers(schedule)
+    names, number = jax.sharding.get_abstract_mesh().axis_names, _mesh_numbers(schedule)
     axes = tuple(sorted(schedule.axes, key=names.index))
     return axes, [(number[a], number[b]) for a, b in pairs]
 
 
-def mesh_numbers(schedule: Schedule) -> list[int]:
+def _mesh_numbers(schedule: Schedule) -> list[int]:
     """Of every rank, its number when the schedule's axes are ordered as in the mesh."""
     names = jax.sharding.get_abstract_mesh().axis_names
     order = sorted(range(len(schedule.axes)), key=lambda i: names.index(schedule.axes[i]))
@@ -247,10 +253,15 @@ def _split(tree: Any, rows: int) -> list[Any]:
     return [treedef.unflatten(part) for part in parts]
 
 
-def _check_fits(schedule: Schedule, x: Any) -> None:
+def check_sizes(schedule: Schedule) -> None:
+    """Raises `InputError` for a mesh whose axes have other sizes."""
     for axis, size in zip(schedule.axes, schedule.sizes, strict=True):
         actual = lax.axis_size(axis)
         check(actual == size, f"the schedule is for {axis}={size}, the mesh has {axis}={actual}")
+
+
+def _check_fits(schedule: Schedule, x: Any) -> None:
+    check_sizes(schedule)
     check(len(jax.tree.leaves(x)) > 0, "there is no array to move")
     _check_rows(x, len(schedule.start[0]), "the schedule moves what every rank starts with")
 

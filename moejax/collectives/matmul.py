@@ -1,8 +1,9 @@
-"""A product with gathered rows that begins with the first rows to arrive.
+"""Products beside their collectives: with gathered rows, and of partial sums that are scattered.
 
-`all_gather(x) @ w` waits for all rows. With a schedule, each step's rows are multiplied while the
-next travel (Wang et al., ASPLOS 2023, "Overlap communication with dependent computation via
-decomposition"): the compute hook of `collectives.lower` and nothing else.
+`all_gather(x) @ w` waits for all rows, `psum_scatter(x @ w)` for all products. With a schedule,
+each step's rows are multiplied while others travel (Wang et al., ASPLOS 2023, "Overlap
+communication with dependent computation via decomposition"): the compute hooks of
+`collectives.lower` and nothing else.
 
 Letters:
     R  ranks    c  rows of a rank    D  elements of a row    F  columns of the weights
@@ -41,6 +42,28 @@ def all_gather_matmul(x: jax.Array, w: jax.Array, schedule: Schedule) -> jax.Arr
         mine = lax.dynamic_index_in_dim(_places(schedule), lax.axis_index(schedule.axes), 0, False)
         blocks = jnp.stack(products).at[mine].get(mode="promise_in_bounds", unique_indices=True)
     return blocks.reshape(ranks * x.shape[0], w.shape[1])
+
+
+def matmul_reduce_scatter(x: jax.Array, w: jax.Array, schedule: Schedule) -> jax.Array:
+    """[c, F]: this rank's rows of the sum over ranks of x [R * c, D] times w [D, F].
+
+    For use inside `shard_map`, where D is split over the ranks.
+
+    Args:
+        schedule: a reduce-scatter of one chunk per rank, such as `ring_reduce_scatter`.
+
+    Differentiable. Sums in the dtype of the products. Cost: R products of c rows, all but the first
+    beside permutes, and a copy of x, because ranks begin with different chunks.
+    """
+    ranks = schedule.num_ranks
+    scatters = all(chunks == (rank,) for rank, chunks in enumerate(schedule.end))
+    check(scatters and schedule.num_chunks == ranks, "the schedule ends with chunk r on rank r")
+    check(x.ndim == 2 and w.ndim == 2, f"want x [R * c, D] and w [D, F], got {x.shape}, {w.shape}")
+    check(x.shape[0] % ranks == 0, f"{x.shape[0]} rows are not divisible by {ranks} ranks")
+    with jax.named_scope("matmul_reduce_scatter"):
+        chunks = x.reshape(ranks, -1, x.shape[1])
+        rows, _ = run_schedule(schedule, chunks, prepare=lambda chunk: (chunk[0] @ w)[None])
+    return rows[0]
 
 
 def _places(schedule: Schedule) -> np.ndarray:

@@ -111,7 +111,7 @@ def test_maxima_and_native_schedules_in_one_program():
     ring = BUILDERS["ring_all_reduce"].build(GRID)
     with pytest.raises(InputError, match="xor wants whole numbers, got float32"):
         sharded(lambda x: run_schedule(compose.with_combine(ring, "xor"), x)[0], GRID, 8)[0](x)
-    with pytest.raises(InputError, match="native all_gather takes no transform and no hook"):
+    with pytest.raises(InputError, match="native all_gather takes no prepare, transform or hook"):
         sharded(lambda x: run_schedule(natives[0], x, hook=print)[0], GRID, 1)[0](x[:8])
 
 
