@@ -14,6 +14,7 @@ Letters:
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -23,11 +24,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax.collectives.lower import mesh_numbers, run_schedule
+from moejax.collectives.lower import check_sizes, run_schedule
 from moejax.collectives.plan import Message, Plan, make_plan
 from moejax.collectives.schedule import Schedule
 from moejax.core.errors import check
 
+Interpret = bool | pltpu.InterpretParams
 LOGICAL = pl.DeviceIdType.LOGICAL
 LANES, MOST_BYTES = 128, 12 * 2**20  # of vector memory, of 16 MiB that a kernel gets by default
 COMBINE = {"add": jnp.add, "max": jnp.maximum, "xor": jnp.bitwise_xor}
@@ -40,7 +42,8 @@ class _Tables:
     order: np.ndarray  # [R, C]
     sent: np.ndarray  # [R, rows of all messages]
     held: np.ndarray  # the same; unused places are 0
-    peers: np.ndarray  # [R, messages, 2]: whether it sends, and to which device
+    peers: np.ndarray  # [R, messages]: the rank that it sends to
+    sends: np.ndarray  # [R, messages]: whether it does
     waits: np.ndarray  # [R, messages]: whether something lands
     result: np.ndarray  # [R, chunks at the end]
 
@@ -50,22 +53,25 @@ def run_by_dma(
     x: jax.Array,
     *,
     collective_id: int = 0,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """Executes the schedule on chunks x [C, n], as `run_schedule` does; inside `shard_map`.
 
     Its gradient travels by `run_schedule`.
 
     Args:
-        schedule: without codecs, over all axes of the mesh.
+        schedule: without codecs.
         x: n a multiple of 128.
         collective_id: different for kernels that run at the same time.
-        interpret: runs on CPU devices, by Pallas's interpreter.
+        interpret: runs on CPU devices, by Pallas's interpreter; so does what is traced under
+            `pltpu.force_tpu_interpret_mode`.
 
     Raises `InputError` for what it does not take, such as more values than 12 MiB.
     """
     plan = _check_fits(schedule, x)
-    run = functools.partial(_run, schedule, plan, collective_id=collective_id, interpret=interpret)
+
+    def run(x):
+        return _run(schedule, plan, x, collective_id, interpret)
 
     @jax.custom_vjp
     def call(x):
@@ -78,11 +84,29 @@ def run_by_dma(
     return call(x)
 
 
-def _run(schedule: Schedule, plan: Plan, x: jax.Array, *, collective_id: int, interpret: Any):
+def group_devices(axes: tuple[str, ...]) -> jax.Array:
+    """int32 [R], by rank: the devices with this one's coordinates on all axes but these.
+
+    Numbers are those of Pallas's logical ids: devices in the order of the mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    others = tuple(name for name in mesh.axis_names if name not in axes and mesh.shape[name] > 1)
+    sizes = [mesh.shape[name] for name in mesh.axis_names]
+    ids = np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)
+    order = [name for name in mesh.axis_names if name not in (*axes, *others)] + [*others, *axes]
+    ids = ids.transpose([mesh.axis_names.index(name) for name in order])
+    groups = ids.reshape(-1, math.prod(mesh.shape[name] for name in axes))
+    return lax.dynamic_index_in_dim(groups, lax.axis_index(others), keepdims=False)
+
+
+def _run(schedule: Schedule, plan: Plan, x: jax.Array, collective_id: int, interpret: Any):
     tables = _tables(schedule, plan)
     values = len(plan.order[0]) + sum(one.width for step in plan.steps for one in step)
     rank, rows = lax.axis_index(schedule.axes), x.shape[1] // LANES
     mine = [lax.dynamic_index_in_dim(t, rank, keepdims=False) for t in dataclasses.astuple(tables)]
+    order, sent, held, peers, sends, waits, result = mine
+    group = group_devices(schedule.axes)
+    mine = [group, order, sent, held, group[peers], sends, waits, result]
     messages = tables.peers.shape[1]
     kernel = functools.partial(_kernel, plan, schedule.num_ranks)
     # Nothing in the kernel may meet a constant: Mosaic lowers no marks of varying axes.
@@ -106,19 +130,22 @@ def _run(schedule: Schedule, plan: Plan, x: jax.Array, *, collective_id: int, in
     return out.reshape(-1, x.shape[1])
 
 
-def _kernel(plan, ranks, order, sent, held, peers, waits, result, x, out, values, sends, lands):
-    _meet_all(ranks)
+def _kernel(
+    plan, ranks, group, order, sent, held, peers, sends, waits, result, x, out, values, gone, lands
+):
+    meet(group, ranks)
     for row in range(x.shape[0]):
         values[row] = x[order[row]]
     first, row, number = x.shape[0], 0, 0
     for step in plan.steps:
         going, base = [], first
         for message in step:
-            going.append((message, number, base, row))
-            _send(message, peers, sent, values, sends, lands, number, base, row)
+            copy = functools.partial(_copy, peers, values, gone, lands, number)
+            going.append((message, copy, number, base, row))
+            _send(message, copy, sends[number], sent, base, row)
             number, base, row = number + 1, base + message.width, row + message.width
-        for message, number_, base_, row_ in going:
-            _land(message, peers, waits, values, sends, lands, number_, base_)
+        for message, copy, number_, base_, row_ in going:
+            _land(message, copy, sends[number_], waits[number_], base_)
             if message.held is not None:
                 for k in range(message.width):
                     old = values[held[row_ + k]]
@@ -128,57 +155,53 @@ def _kernel(plan, ranks, order, sent, held, peers, waits, result, x, out, values
         out[row] = values[result[row]]
 
 
-def _meet_all(ranks: int) -> None:
+def meet(group: Any, ranks: int) -> None:
     """Waits until all ranks have entered the kernel: before, their memory is another program's."""
     barrier = pltpu.get_barrier_semaphore()
-    for device in range(ranks):
-        pl.semaphore_signal(barrier, 1, device_id=device, device_id_type=LOGICAL)
+    for rank in range(ranks):
+        pl.semaphore_signal(barrier, 1, device_id=group[rank], device_id_type=LOGICAL)
     pl.semaphore_wait(barrier, ranks)
 
 
-def _copy(peers, values, sends, lands, number, source, target):
+def _copy(peers, values, gone, lands, number, source, target):
     return pltpu.make_async_remote_copy(
         values.at[source],
         values.at[target],
-        sends.at[number],
+        gone.at[number],
         lands.at[number],
-        device_id=peers[number, 1],
+        device_id=peers[number],
         device_id_type=LOGICAL,
     )
 
 
-def _send(message, peers, sent, values, sends, lands, number, base, row) -> None:
-    @pl.when(peers[number, 0].astype(jnp.bool_))
+def _send(message, copy, sends, sent, base, row) -> None:
+    @pl.when(sends.astype(jnp.bool_))
     def _():
         for k in range(message.width):
-            place = sent[row + k]
-            _copy(peers, values, sends, lands, number, place, base + k).start()
+            copy(sent[row + k], base + k).start()
 
 
-def _land(message, peers, waits, values, sends, lands, number, base) -> None:
+def _land(message, copy, sends, waits, base) -> None:
     # Only the sizes count in a wait, and all rows are of one size.
-    @pl.when(waits[number].astype(jnp.bool_))
+    @pl.when(waits.astype(jnp.bool_))
     def _():
         for k in range(message.width):
-            place = base + k
-            _copy(peers, values, sends, lands, number, place, place).wait_recv()
+            copy(base + k, base + k).wait_recv()
 
-    @pl.when(peers[number, 0].astype(jnp.bool_))
+    @pl.when(sends.astype(jnp.bool_))
     def _():
         for k in range(message.width):
-            place = base + k
-            _copy(peers, values, sends, lands, number, place, place).wait_send()
+            copy(base + k, base + k).wait_send()
 
 
 def _tables(schedule: Schedule, plan: Plan) -> _Tables:
     messages: list[Message] = [one for step in plan.steps for one in step]
-    ranks, device = schedule.num_ranks, mesh_numbers(schedule)
-    peers = np.zeros((ranks, len(messages), 2), np.int32)
-    waits = np.zeros((ranks, len(messages)), np.int32)
+    ranks = schedule.num_ranks
+    peers, sends, waits = np.zeros((3, ranks, len(messages)), np.int32)
     for number, message in enumerate(messages):
         for src, dst in message.pairs:
-            peers[src, number] = 1, device[dst]
-            waits[dst, number] = 1
+            peers[src, number] = dst
+            sends[src, number] = waits[dst, number] = 1
     zeros = [((0,) * one.width,) * ranks for one in messages]
     held = [one.held or zero for one, zero in zip(messages, zeros, strict=True)]
     return _Tables(
@@ -186,6 +209,7 @@ def _tables(schedule: Schedule, plan: Plan) -> _Tables:
         sent=np.concatenate([np.array(one.sent, np.int32) for one in messages], 1),
         held=np.concatenate([np.array(one, np.int32) for one in held], 1),
         peers=peers,
+        sends=sends,
         waits=waits,
         result=np.array(plan.result, np.int32),
     )
@@ -193,9 +217,7 @@ def _tables(schedule: Schedule, plan: Plan) -> _Tables:
 
 def _check_fits(schedule: Schedule, x: jax.Array) -> Plan:
     check(not schedule.native and len(schedule.steps) > 0, "only schedules with steps run by DMA")
-    mesh = jax.sharding.get_abstract_mesh()
-    whole = set(schedule.axes) == {axis for axis in mesh.axis_names if mesh.shape[axis] > 1}
-    check(whole, f"the schedule is over {schedule.axes}, the mesh has {dict(mesh.shape)}")
+    check_sizes(schedule)
     rows = len(schedule.start[0])
     check(
         x.ndim == 2 and x.shape[0] == rows and x.shape[1] % LANES == 0,

@@ -17,9 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moejax.collectives.dma import LANES, LOGICAL, Interpret, group_devices, meet
 from moejax.core.errors import check
 
-LANES, LOGICAL = 128, pl.DeviceIdType.LOGICAL
 Sizes = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -31,9 +31,9 @@ def ragged_all_to_all_dma(
     output_offsets: jax.Array,
     recv_sizes: jax.Array,
     *,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     collective_id: int = 1,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: Interpret = False,
 ) -> jax.Array:
     """`output` [T', D] with the rows that ranks send each other; inside `shard_map`.
 
@@ -42,17 +42,15 @@ def ragged_all_to_all_dma(
         input_offsets, send_sizes: int32 [R], of the rows for each rank.
         output_offsets: int32 [R], where they go in that rank's output.
         recv_sizes: int32 [R], of the rows from each rank.
-        axis_name: the only axis of the mesh with more than one rank.
         collective_id: different for kernels that run at the same time.
         interpret: runs on CPU devices, by Pallas's interpreter.
 
     Offsets and sizes must fit: nothing is checked at run time. Cost: the rows that are sent.
     """
-    ranks = lax.axis_size(axis_name)
-    _check_fits(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes), axis_name)
-    run = functools.partial(
-        _run, axis=axis_name, ranks=ranks, collective_id=collective_id, interpret=interpret
-    )
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+    _check_fits(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes), axes)
+
+    run = functools.partial(_run, axes, collective_id, interpret)
 
     @jax.custom_vjp
     def call(operand, output, sizes):
@@ -76,13 +74,14 @@ def ragged_all_to_all_dma(
     return call(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes))
 
 
-def _run(operand, output, sizes: Sizes, *, axis, ranks, collective_id, interpret) -> jax.Array:
+def _run(axes, collective_id, interpret, operand, output, sizes: Sizes) -> jax.Array:
     starts, sent, targets, received = sizes
     bits = min(operand.shape[0], output.shape[0]).bit_length()
-    rank, shift = lax.axis_index(axis), jnp.arange(ranks, dtype=jnp.int32)
+    ranks, rank, group = lax.axis_size(axes), lax.axis_index(axes), group_devices(axes)
+    shift = jnp.arange(ranks, dtype=jnp.int32)
     peer, source = (rank + shift) % ranks, (rank - shift) % ranks
     tables = (
-        peer,
+        group[peer],
         *_pieces(starts[peer], targets[peer], sent[peer], bits),
         _pieces(starts[source], starts[source], received[source], bits)[0],
     )
@@ -114,10 +113,7 @@ def _pieces(starts, targets, sizes, bits: int) -> tuple[jax.Array, jax.Array, ja
 def _kernel(ranks, bits, peer, sends, source, target, lands, operand, output, out, sem, landed):
     # Nothing in here may meet a constant: Mosaic lowers no marks of varying axes.
     del output  # the same memory as `out`
-    barrier = pltpu.get_barrier_semaphore()
-    for device in range(ranks):
-        pl.semaphore_signal(barrier, 1, device_id=device, device_id_type=LOGICAL)
-    pl.semaphore_wait(barrier, ranks)
+    meet(peer, ranks)
 
     def copy(shift: int, bit: int) -> Any:
         here = operand.at[pl.ds(source[shift, bit], 2**bit)]
@@ -147,10 +143,8 @@ def _kernel(ranks, bits, peer, sends, source, target, lands, operand, output, ou
     each(lands, wait_for)
 
 
-def _check_fits(operand, output, sizes: Sizes, axis: str) -> None:
-    ranks, mesh = lax.axis_size(axis), jax.sharding.get_abstract_mesh()
-    alone = all(mesh.shape[name] == 1 for name in mesh.axis_names if name != axis)
-    check(alone, f"the exchange is over {axis!r}, the mesh has {dict(mesh.shape)}")
+def _check_fits(operand, output, sizes: Sizes, axes: tuple[str, ...]) -> None:
+    ranks = lax.axis_size(axes)
     width = operand.shape[1:] == output.shape[1:] and operand.ndim == 2
     check(
         width and operand.shape[1] % LANES == 0 and operand.dtype == output.dtype,

@@ -11,6 +11,7 @@ Axis letters:
     R  ranks on the axis    B  rows of the landing buffer    D  model dim
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -25,8 +26,8 @@ from moejax.experts.stage import Stage, StageCounts, resident
 from moejax.kernels.permute import permute, sort_by_group, ungroup
 from moejax.kernels.vma import vary_together
 
-Transport = Literal["auto", "native", "emulated"]
-TRANSPORTS: tuple[str, ...] = get_args(Transport)
+Lowering = Literal["auto", "native", "emulated", "dma"]
+LOWERINGS: tuple[str, ...] = get_args(Lowering)
 
 
 @struct.dataclass(kw_only=True)
@@ -49,7 +50,7 @@ def ragged(
     axis: Axis = "expert",
     token_axes: tuple[str, ...] = ("expert",),
     capacity: Capacity = FITS_ALL,
-    transport: Transport = "auto",
+    lowering: Lowering = "auto",
 ) -> Stage:
     """The stage that sends assignments by ragged all-to-all, for use inside `shard_map`.
 
@@ -59,11 +60,12 @@ def ragged(
         capacity: rows of the landing buffer; a factor is over T * K. `FITS_ALL` reserves
             R * T * min(K, E / R). A full buffer drops, and counts, the last experts of the last
             senders.
-        transport: `auto` takes the emulation on CPU and the native collective elsewhere.
+        lowering: `auto` takes the emulation on CPU and the native collective elsewhere; `dma` is
+            one TPU kernel (`moejax.collectives.ragged_dma`).
 
     Cost: two ragged all-to-alls of N * D words, an all-gather of R * E counts.
     """
-    check(transport in TRANSPORTS, f"transport={transport!r} is none of {TRANSPORTS}")
+    check(lowering in LOWERINGS, f"lowering={lowering!r} is not one of {LOWERINGS}")
 
     def stage(
         x: jax.Array, routing: Routing, weights: Any, layer: jax.Array, state: Any
@@ -77,13 +79,13 @@ def ragged(
             counts = jax.lax.all_gather(perm.group_sizes, axis).reshape(ranks, ranks, num_local)
             pieces = cut_pieces(counts.sum(2), rows)
             sorted_rows = permute(x, perm, top_k)
-            landed = ragged_exchange(sorted_rows, pieces, rows, axis, transport)
+            landed = ragged_exchange(sorted_rows, pieces, rows, axis, lowering)
             ids = landed_experts(counts, pieces, rows, jax.lax.axis_index(axis))[:, None]
         arrived = local_choices(routing, ids, jnp.ones(ids.shape, jnp.float32))
         outputs, state, inner_counts = inner(landed, arrived, weights, layer, state)
         with jax.named_scope("moe_combine"):
             served = outputs.reshape(rows, -1)
-            home = ragged_exchange(served, pieces.reversed(), tokens * top_k, axis, transport)
+            home = ragged_exchange(served, pieces.reversed(), tokens * top_k, axis, lowering)
             y = ungroup(home, perm, top_k)
         sent = pieces.sizes[jax.lax.axis_index(axis)].sum()
         dropped = perm.group_sizes.sum() - sent
@@ -113,12 +115,16 @@ def landed_experts(counts: jax.Array, pieces: Pieces, rows: int, rank: jax.Array
 
 
 def ragged_exchange(
-    x: jax.Array, pieces: Pieces, rows: int, axis: Axis, transport: Transport = "auto"
+    x: jax.Array, pieces: Pieces, rows: int, axis: Axis, lowering: Lowering = "auto"
 ) -> jax.Array:
     """Pieces of x [N, D] to their ranks: [rows, D], zero where nothing lands."""
-    if transport == "native":
+    if lowering == "dma":
+        from moejax.collectives.ragged_dma import ragged_all_to_all_dma  # Pallas: long to import
+
+        return _native(x, pieces, rows, axis, ragged_all_to_all_dma)
+    if lowering == "native":
         return _native(x, pieces, rows, axis)
-    if transport == "emulated":
+    if lowering == "emulated":
         return _emulated(x, pieces, rows, axis)
     return jax.lax.platform_dependent(
         x,
@@ -128,10 +134,16 @@ def ragged_exchange(
     )
 
 
-def _native(x: jax.Array, pieces: Pieces, rows: int, axis: Axis) -> jax.Array:
+def _native(
+    x: jax.Array,
+    pieces: Pieces,
+    rows: int,
+    axis: Axis,
+    collective: Callable[..., jax.Array] = jax.lax.ragged_all_to_all,
+) -> jax.Array:
     rank = jax.lax.axis_index(axis)
     x, buffer = vary_together(x, jnp.zeros((rows, x.shape[1]), x.dtype))
-    return jax.lax.ragged_all_to_all(
+    return collective(
         x,
         buffer,
         pieces.sent_at[rank],

@@ -1,11 +1,21 @@
 """All-to-all with capacities: exact without drops, exact counts and values with them."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from experiments.routed import serve_routed
+from moejax.aot.compile import compile_for
+from moejax.aot.targets import target_mesh
 from moejax.core.errors import InputError
 from moejax.dispatch.all_to_all import all_to_all, slots_per_group
 from moejax.dispatch.slots import FITS_ALL, Capacity
+from moejax.experts.slotted import slotted
 from moejax.experts.stage import reference
+from moejax.kernels.grouped_ffn import GatedWeights
 from tests.dispatch.cases import E, check_exact, compiled, first_come, layout, routings
 
 LAYOUTS = {
@@ -32,6 +42,41 @@ def test_with_room_for_all_it_equals_the_reference(name, options):
     run = compiled(make(where, capacity=FITS_ALL, **options), where)
     for idx in routings().values():
         check_exact(run, idx)
+
+
+@pytest.mark.full
+def test_by_dma_it_equals_the_reference():
+    """The kernels run one after the other: several of a layer may share an id."""
+    where = layout(2, 4)
+    run = compiled(make(where, capacity=FITS_ALL, inner=reference, lowering="dma"), where)
+    with pltpu.force_tpu_interpret_mode():
+        check_exact(run, routings()["uniform"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4"])
+def test_by_dma_a_layer_compiles_for_tpu(target):
+    """A decode step of 16 tokens per chip: rows there and back; who has slots wants no ids."""
+    mesh, spec = target_mesh(target, data=2, expert=4), P(("data", "expert"))
+    stage = all_to_all(num_experts=64, inner=slotted(4), lowering="dma")
+    shapes = [((128, 2048), jnp.bfloat16), ((128, 8), jnp.int32), ((128, 8), jnp.float32)]
+    x, idx, weights = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype in shapes
+    )
+    over = NamedSharding(mesh, P("expert"))
+    parts = {"w_gate": (64, 2048, 512), "w_up": (64, 2048, 512), "w_down": (64, 512, 2048)}
+    experts = GatedWeights(
+        **{k: jax.ShapeDtypeStruct(v, jnp.bfloat16, sharding=over) for k, v in parts.items()}
+    )
+    body = jax.shard_map(
+        lambda *args: serve_routed(stage, *args)[0], mesh=mesh,
+        in_specs=(spec, spec, spec, P("expert")), out_specs=spec,
+    )  # fmt: skip
+    found = compile_for(body, [x, idx, weights, experts])
+    kernels = [one.target for _, _, one in found.module.instructions()].count("tpu_custom_call")
+    kinds = {one.kind for one in found.collectives}
+    assert kernels == 2 and "all-to-all" not in kinds
 
 
 @pytest.mark.parametrize("per, slots", [("expert", 2), ("rank", 7)])
