@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import math
-from typing import Any
+from typing import Any, get_args
 
 from moejax.core.errors import check
 from moejax.costmodel.hierarchy import Level, candidate_levels
@@ -23,6 +23,8 @@ class DispatchConfig:
         capacity_factor: of the strategies that have a capacity.
         num_chunks: of tokens; see `pipelined`.
         fall_back: repeat a layer by `gather` where any rank dropped anything.
+        lowering: of the collectives, by name; None is the strategy's own choice. `dma` wants TPUs,
+            `multicast` GPUs whose switch can.
     """
 
     strategy: str = "gather"
@@ -31,6 +33,7 @@ class DispatchConfig:
     capacity_factor: float = 1.25
     num_chunks: int = 1
     fall_back: bool = False
+    lowering: str | None = None
 
     def __post_init__(self):
         known = sorted(name for name in STRATEGIES if self._places(name))
@@ -47,6 +50,11 @@ class DispatchConfig:
         check(
             not self.fall_back or STRATEGIES[self.strategy].drops,
             f"strategy={self.strategy!r} drops nothing, it needs no fall_back",
+        )
+        lowerings = self._lowerings(self.strategy)
+        check(
+            self.lowering is None or self.lowering in lowerings,
+            f"lowering={self.lowering!r} is not one of {lowerings} of {self.strategy!r}",
         )
         most = len(self.axes)
         check(
@@ -74,6 +82,8 @@ class DispatchConfig:
             options["axis"] = self.axes
         if "capacity" in names:
             options["capacity"] = Capacity(factor=self.capacity_factor)
+        if self.lowering is not None:
+            options["lowering"] = self.lowering
         return make_dispatch(
             self.strategy,
             num_experts=num_experts,
@@ -82,6 +92,12 @@ class DispatchConfig:
             fall_back=self.fall_back,
             **options,
         )
+
+    @staticmethod
+    def _lowerings(name: str) -> tuple[str, ...]:
+        """Of a strategy's collectives, where there is a choice."""
+        parameter = inspect.signature(STRATEGIES[name].build).parameters.get("lowering")
+        return () if parameter is None else get_args(parameter.annotation)
 
     @staticmethod
     def _places(name: str) -> bool:

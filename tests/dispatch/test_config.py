@@ -23,6 +23,21 @@ def test_levels_are_all_axes_unless_told_otherwise():
     assert one.levels == (AXES,)
 
 
+@pytest.mark.parametrize(
+    "strategy, lowering",
+    [
+        ("gather", "multicast"),
+        ("all_to_all", "dma"),
+        ("hierarchical", "shifted"),
+        ("ragged", "dma"),
+    ],
+)
+def test_a_lowering_is_one_name_away(strategy, lowering):
+    assert callable(DispatchConfig(strategy=strategy, lowering=lowering).stage(8, "top_k", AXES))
+    with pytest.raises(InputError, match=f"lowering='slow' is not one of .* of '{strategy}'"):
+        DispatchConfig(strategy=strategy, lowering="slow")
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(InputError, match="strategy='local' is not one of .*'all_to_all', 'gather'"):
         DispatchConfig(strategy="local")

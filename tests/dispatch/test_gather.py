@@ -60,3 +60,24 @@ def test_values_and_gradients_equal_the_reference(case, shape):
     np.testing.assert_array_equal(metrics.expert_load, want_metrics.expert_load)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
         assert_close(np.asarray(ours), np.asarray(theirs))
+
+
+def test_by_multicast_rows_travel_by_two_kernels():
+    """Compiled for GPUs; ids and weights of choices travel as before."""
+    mesh = make_mesh(expert=8)
+    stage = gather(num_experts=E, inner=reference, lowering="multicast")
+    params = jax.eval_shape(
+        lambda: init_moe(jax.random.key(0), 128, CFG, out_scale=1.0, dtype=jnp.float32)
+    )
+
+    def body(params, x):
+        return moe(params, x, CFG, stage=stage, parallel=Parallel(token_axes=("expert",)))[0]
+
+    run = jax.shard_map(
+        body, mesh=mesh, in_specs=(specs(params), P("expert")), out_specs=P("expert")
+    )
+    x = jax.ShapeDtypeStruct((T, 128), jnp.float32)
+    text = jax.jit(run).trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu_v2") == 2
+    assert text.count('"stablehlo.all_gather"') == 2
+    assert '"stablehlo.reduce_scatter"' not in text
