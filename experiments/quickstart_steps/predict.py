@@ -197,15 +197,15 @@ def score_all(
     """Scores [L - 1, N, S, E] of every predictor on the held-out recording."""
     cfg = model.moe.router
     next_gate = baselines.next_gate_scores(held_out, routers, cfg)
-    correct, recall = jax.jit(residual.one_layer), jax.jit(history.one_layer)
-    features = recorded_features(held_out, past.popularity)
-    look_ahead, from_history = np.empty_like(next_gate), np.empty_like(next_gate)
+    correct = jax.jit(residual.one_layer)
+    look_ahead = np.empty_like(next_gate)
     for layer, base in enumerate(next_gate):
         hidden = held_out.activations[layer].reshape(-1, model.d_model)
-        net = select(learned, layer)
-        look_ahead[layer].flat = correct(net, hidden, base.reshape(len(hidden), -1))
-        net, now = select((past.net.mlp, features), layer)
-        from_history[layer].flat = recall(net, past.net.embedding, now)
+        look_ahead[layer].flat = correct(
+            select(learned, layer), hidden, base.reshape(len(hidden), -1)
+        )
+    features = recorded_features(held_out, past.popularity, vocab_size=model.vocab_size)
+    from_history = np.asarray(jax.jit(history.scores)(past, features)).reshape(next_gate.shape)
     experts = cfg.num_experts
     return {
         "learned": look_ahead,

@@ -14,7 +14,9 @@ class FitConfig:
         horizon_steps: when given, counts instead of the clock: the result is reproducible.
         batch: tokens per step.
         hidden: hidden units of the nets.
-        embedding: width of the history predictor's token embedding.
+        embedding: width of the vectors that history makes of tokens and choices.
+        drop_choices: fraction of the choices that the history predictor is not shown, at random.
+        drop_hidden: fraction of its hidden units that are silent, at random.
     """
 
     horizon_secs: float = 8.0
@@ -23,11 +25,15 @@ class FitConfig:
     learning_rate: float = 1.5e-2
     weight_decay: float = 0.01
     hidden: int = 256
-    embedding: int = 32
+    embedding: int = 128
+    drop_choices: float = 0.2
+    drop_hidden: float = 0.1
     seed: int = 0
 
     def __post_init__(self):
         check_seed(self.seed)
+        for name in ("drop_choices", "drop_hidden"):
+            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
         check(self.horizon_secs > 0, f"horizon_secs={self.horizon_secs} must be positive")
         check(
             self.horizon_steps is None or self.horizon_steps >= 1,

@@ -107,6 +107,13 @@ def _batch_sizes(num_experts: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, num_experts // part) for part in (8, 4, 2)}))
 
 
+def mean_recall(scores: np.ndarray, chosen: np.ndarray) -> float:
+    """Recall@k alone, a mean over layers, of scores [L', T, E] against the choices [L', T, K]."""
+    rank, real = _ranks(scores, chosen)
+    hit = rank < chosen.shape[-1]
+    return float(np.mean(hit.sum((1, 2)) / np.maximum(real.sum((1, 2)), 1)))
+
+
 def _ranks(scores: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rank [..., K] of each chosen [..., K] in scores [..., E], E for padding; and what is real."""
     num_experts = scores.shape[-1]

@@ -1,14 +1,14 @@
-"""What a predictor may know: the same features from a recording and while decoding.
+"""What the history predictor may know: the same numbers from a recording and while decoding.
 
-While MoE layer l runs, a predictor scores the experts of layer l + 1, the *target*. Look-ahead
-reads the gate input of layer l. The history predictor reads what was chosen before: by this token
-in layers up to l, and by earlier tokens of the sequence in the target layer. Layer 0 has no layer
-before it inside the step and is not predicted; per-target arrays have L - 1 entries, entry l for
-target l + 1.
+While MoE layer l runs, a predictor scores the experts of layer l + h, the *target*, h being the
+horizon. Look-ahead reads the gate input of layer l. The history predictor reads what was chosen
+before: by this token in layers up to l, and by earlier tokens of the sequence in every layer, as
+averages that forget at the rates `DECAYS`; a decay of 0 is the previous token itself. The first h
+layers have no layer so far before them inside the step and are not predicted.
 
 Axis letters:
-    L  MoE layers    B  sequences    S  positions    T  tokens    D  model dim
-    E  experts       K  experts per token            R  recent layers, `NUM_RECENT`
+    L  MoE layers    B  sequences    S  positions    T  tokens    C  width of a latent vector
+    E  experts       K  experts per token            P  decays, `len(DECAYS)`
 """
 
 import dataclasses
@@ -18,27 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from moejax.core.errors import check
 from moejax.predictors.recording import Recording
 
-NUM_RECENT = 4
-EMA_DECAY = 0.9
+DECAYS = (0.0, 0.8)
 
 
 @struct.dataclass(kw_only=True)
 class HistoryFeatures:
-    """Input of the history predictor in layer l; leading [L - 1] where layers are stacked."""
+    """Input of the history predictor for T tokens, all layers at once."""
 
-    token: jax.Array  # int32 [T]
-    recent: jax.Array  # int32 [T, R, K] choices of layers l, l-1, ...; E where there is none
-    ema: jax.Array  # float32 [T, E] average of the target layer's choices, earlier tokens only
+    token: jax.Array  # int32 [1, T], 0 where ids were not recorded
+    chosen: jax.Array  # int32 [L, T, K]; layer l may be read for targets after l
+    ema: jax.Array  # float32 [L, T, P, E] averages of the layer's choices, earlier tokens only
 
 
 @struct.dataclass(kw_only=True)
 class HistoryState:
-    """What `HistoryFeatures` are read from, kept up to date inside a jitted decoding step."""
+    """What stands for `HistoryFeatures` inside a jitted decoding step, kept up to date there."""
 
-    ema: jax.Array  # float32 [L, B, E]
-    recent: jax.Array  # int32 [B, R, K]
+    ema: jax.Array  # float32 [L, B, P, E]
+    latent: jax.Array  # float32 [B, C], what this token's choices have added up to
     token: jax.Array  # int32 [B]
 
 
@@ -55,63 +55,70 @@ def popularity(topk_idx: np.ndarray, num_experts: int) -> np.ndarray:
     return (np.stack(counts) / np.maximum(tokens, 1)[:, None]).astype(np.float32)
 
 
+def valid_tokens(topk_idx: np.ndarray, num_experts: int) -> np.ndarray:
+    """Indices into B * S of the tokens of topk_idx [L, B, S, K] that are not padding."""
+    return np.flatnonzero((topk_idx[..., 0] < num_experts).any(0).ravel())
+
+
+def initial_ema(start: jax.Array, batch: int) -> jax.Array:
+    """float32 [..., B, P, E]: what `batch` sequences begin with, `start` [..., E] everywhere."""
+    return jnp.broadcast_to(
+        start[..., None, None, :], (*start.shape[:-1], batch, len(DECAYS), start.shape[-1])
+    )
+
+
 def update_ema(ema: jax.Array, topk_idx: jax.Array) -> jax.Array:
-    """Folds one choice [..., K] per row into ema [..., E]; a padded token changes nothing."""
-    num_experts = ema.shape[-1]
-    moved = EMA_DECAY * ema + (1 - EMA_DECAY) * multi_hot(topk_idx, num_experts)
-    return jnp.where(topk_idx[..., :1] < num_experts, moved, ema)
+    """Folds one choice [..., K] per row into ema [..., P, E]; a padded token changes nothing."""
+    decay = jnp.asarray(DECAYS, jnp.float32).reshape((1,) * (ema.ndim - 2) + (-1, 1))
+    moved = decay * ema + (1 - decay) * multi_hot(topk_idx, ema.shape[-1])[..., None, :]
+    return jnp.where(topk_idx[..., :1, None] < ema.shape[-1], moved, ema)
 
 
-def recorded_features(recording: Recording, start: jax.Array) -> HistoryFeatures:
-    """Features of every token of a recording, T = B * S, with leading axis [L - 1].
+def recorded_features(
+    recording: Recording, start: jax.Array, *, vocab_size: int, rows: np.ndarray | None = None
+) -> HistoryFeatures:
+    """Features of the tokens `rows` of B * S, by default all.
 
-    `start` float32 [L, E] is the average that each sequence begins with, the training popularity.
-    Memory: (L - 1) * T * (E + R * K + 1) words.
+    Args:
+        start: float32 [L, E], the average that each sequence begins with, the training popularity.
+        vocab_size: 1 for recordings without token ids: all tokens are then the same to the net.
+
+    Memory: L * T * (P * E + K) words, and once L * B * S * P * E.
     """
-    recent, ema = _recorded_history(recording.topk_idx, start)
-    token = recording.token_ids.astype(np.int32).reshape(1, -1)
-    return HistoryFeatures(token=jnp.broadcast_to(token, ema.shape[:2]), recent=recent, ema=ema)
+    if recording.tokens is None:
+        check(vocab_size == 1, f"vocab_size={vocab_size}: the recording has no token ids")
+    layers, batch, length, top_k = recording.topk_idx.shape
+    tokens = np.zeros((batch, length), np.int32) if vocab_size == 1 else recording.token_ids
+    rows = np.arange(batch * length) if rows is None else rows
+    chosen = recording.topk_idx.reshape(layers, batch * length, top_k)[:, rows]
+    ema = _recorded_ema(recording.topk_idx, start, np.asarray(rows, np.int32))
+    token = tokens.reshape(1, -1)[:, rows].astype(np.int32)
+    return HistoryFeatures(token=jnp.asarray(token), chosen=jnp.asarray(chosen), ema=ema)
 
 
 @jax.jit
-def _recorded_history(topk_idx: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    num_layers, batch, length, top_k = topk_idx.shape
-    num_experts, targets = start.shape[1], num_layers - 1
+def _recorded_ema(topk_idx: jax.Array, start: jax.Array, rows: jax.Array) -> jax.Array:
+    layers, batch, length, _ = topk_idx.shape
 
     def before(ema: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
         return update_ema(ema, chosen), ema
 
-    first = jnp.broadcast_to(start[1:, None], (targets, batch, num_experts))
-    _, ema = jax.lax.scan(before, first, jnp.moveaxis(topk_idx[1:], 2, 0))  # [S, L - 1, B, E]
-    none = jnp.full((NUM_RECENT - 1, *topk_idx.shape[1:]), num_experts, topk_idx.dtype)
-    padded = jnp.concatenate([none, topk_idx])  # layer l is at l + R - 1
-    shifts = [padded[NUM_RECENT - 1 - r :][:targets] for r in range(NUM_RECENT)]
-    recent = jnp.stack(shifts, axis=-2).reshape(targets, batch * length, NUM_RECENT, top_k)
-    return recent, jnp.moveaxis(ema, 0, 2).reshape(targets, batch * length, num_experts)
-
-
-def init_history_state(start: jax.Array, batch: int, top_k: int) -> HistoryState:
-    """The state before the first token of `batch` sequences; `start` float32 [L, E]."""
-    num_layers, num_experts = start.shape
-    return HistoryState(
-        ema=jnp.broadcast_to(start[:, None], (num_layers, batch, num_experts)),
-        recent=jnp.full((batch, NUM_RECENT, top_k), num_experts, jnp.int32),
-        token=jnp.zeros((batch,), jnp.int32),
-    )
+    first = initial_ema(start, batch)
+    _, ema = jax.lax.scan(before, first, jnp.moveaxis(topk_idx, 2, 0))  # [S, L, B, P, E]
+    flat = jnp.moveaxis(ema, 0, 2).reshape(layers, batch * length, *first.shape[2:])
+    return flat[:, rows]
 
 
 def begin_token(state: HistoryState, token: jax.Array) -> HistoryState:
     """Call once per step, before layer 0, with the step's input tokens int32 [B]."""
-    none = jnp.full_like(state.recent, state.ema.shape[-1])
-    return dataclasses.replace(state, recent=none, token=token.astype(jnp.int32))
+    return dataclasses.replace(state, token=token.astype(jnp.int32))
 
 
 def observe(state: HistoryState, layer: jax.Array, topk_idx: jax.Array) -> HistoryState:
-    """Call in every layer (int32 scalar, may be traced) with its choices int32 [B, K]."""
+    """Folds the choices int32 [B, K] of `layer` (int32 scalar, may be traced) into its average."""
     past = jax.lax.dynamic_index_in_dim(state.ema, layer, keepdims=False)
     ema = jax.lax.dynamic_update_index_in_dim(state.ema, update_ema(past, topk_idx), layer, 0)
-    recent = jnp.concatenate([topk_idx[:, None], state.recent[:, :-1]], axis=1)
-    return dataclasses.replace(state, ema=ema, recent=recent)
+    return dataclasses.replace(state, ema=ema)
 
 
 def observe_prompt(state: HistoryState, topk_idx: jax.Array) -> HistoryState:
@@ -122,9 +129,3 @@ def observe_prompt(state: HistoryState, topk_idx: jax.Array) -> HistoryState:
 
     ema, _ = jax.lax.scan(fold, state.ema, jnp.moveaxis(topk_idx, 2, 0))
     return dataclasses.replace(state, ema=ema)
-
-
-def current_features(state: HistoryState, layer: jax.Array) -> HistoryFeatures:
-    """Features in `layer`, after its `observe`, for target `layer + 1`."""
-    ema = jax.lax.dynamic_index_in_dim(state.ema, layer + 1, keepdims=False)
-    return HistoryFeatures(token=state.token, recent=state.recent, ema=ema)

@@ -24,7 +24,7 @@ import optax
 from moejax.core.errors import check
 from moejax.predictors import history, next_gate, residual
 from moejax.predictors.config import FitConfig
-from moejax.predictors.features import multi_hot, popularity, recorded_features
+from moejax.predictors.features import multi_hot, popularity, recorded_features, valid_tokens
 from moejax.predictors.recording import Recording
 from moejax.routing.config import RouterConfig
 from moejax.routing.gates import RouterParams
@@ -63,7 +63,13 @@ def fit_residual(
 
     data = hidden, _targets(recording)
     return minimize(
-        loss, params, targets, data, _valid(recording, router_cfg.num_experts), cfg, progress
+        loss,
+        params,
+        targets,
+        data,
+        valid_tokens(recording.topk_idx, router_cfg.num_experts),
+        cfg,
+        progress,
     )
 
 
@@ -73,9 +79,17 @@ def fit_history(
     vocab_size: int,
     cfg: FitConfig,
     *,
+    horizons: int = 1,
+    stop: int | None = None,
     progress: Progress | None = None,
+    watch: Callable[[int, history.HistoryParams], None] | None = None,
 ) -> tuple[history.HistoryParams, list[float]]:
-    """History predictor; reads tokens and choices, not hidden states. Also the loss curve."""
+    """History predictor for horizons 1 .. `horizons`, fitted together; also the loss curve.
+
+    Reads choices and, unless `vocab_size` is 1, tokens; not hidden states. Choices and averages
+    are dropped at random (`cfg.drop_choices`), so that no layer is relied on alone. `stop` and
+    `watch`: see `minimize`.
+    """
     start = jnp.asarray(popularity(recording.topk_idx, num_experts))
     params = history.init_history(
         jax.random.key(cfg.seed),
@@ -83,40 +97,80 @@ def fit_history(
         vocab_size=vocab_size,
         embedding=cfg.embedding,
         hidden=cfg.hidden,
+        horizons=horizons,
     )
-    features = recorded_features(recording, start)
+    rows = valid_tokens(recording.topk_idx, num_experts)
+    features = recorded_features(recording, start, vocab_size=vocab_size, rows=rows)
 
-    def loss(net, _, batch):
-        features, chosen = batch
-        ask = jax.vmap(history.one_layer, in_axes=(0, None, 0))
-        return set_loss(ask(net.mlp, net.embedding, features), chosen)
+    def loss(net, _, batch, key):
+        hots = multi_hot(batch.chosen, num_experts)
+        k_choices, k_past, k_hidden = jax.random.split(key, 3)
+        kept = _keep(k_hidden, (*hots.shape[:2], cfg.hidden), cfg.drop_hidden)
+        seen = hots * _keep(k_choices, hots.shape, cfg.drop_choices)
+        past = batch.ema * _keep(k_past, batch.ema.shape, cfg.drop_choices)
+        read = history.latents(net, batch.token[0], seen, past, kept)
+        parts = [
+            set_loss(history.targets(net, read, batch.ema, h), batch.chosen[h:])
+            for h in range(1, horizons + 1)
+        ]
+        return jnp.stack(parts).sum()
 
-    data = features, _targets(recording)
+    def whole(net: history.HistoryNet) -> history.HistoryParams:
+        return dataclasses.replace(params, net=net)
+
     net, losses = minimize(
-        loss, params.net, None, data, _valid(recording, num_experts), cfg, progress
+        loss,
+        params.net,
+        None,
+        features,
+        np.arange(len(rows)),
+        cfg,
+        progress,
+        noisy=True,
+        stop=stop,
+        watch=watch and (lambda step, net: watch(step, whole(net))),
     )
-    return dataclasses.replace(params, net=net), losses
+    return whole(net), losses
 
 
 def set_loss(scores: jax.Array, topk_idx: jax.Array) -> jax.Array:
-    """Cross entropy of scores [L - 1, N, E] against the sets [L - 1, N, K]; a mean over N."""
-    chosen = multi_hot(topk_idx, scores.shape[-1])
-    return optax.sigmoid_binary_cross_entropy(scores, chosen).sum((0, 2)).mean()
+    """Cross entropy of scores [L', N, E] against the sets [L', N, K]; a mean over N.
+
+    A token that a layer never saw costs nothing there.
+    """
+    num_experts = scores.shape[-1]
+    loss = optax.sigmoid_binary_cross_entropy(scores, multi_hot(topk_idx, num_experts)).sum(-1)
+    return jnp.where(topk_idx[..., 0] < num_experts, loss, 0.0).sum(0).mean()
+
+
+def _keep(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
+    """float32, 0 with probability `rate` (to 1 / 256) and else what keeps the mean at 1."""
+    drawn = jax.random.bits(key, shape, jnp.uint8).astype(jnp.float32)
+    return (drawn >= round(256 * rate)).astype(jnp.float32) / (1 - rate)
 
 
 def minimize(
-    loss: Callable[[Tree, Tree, Tree], jax.Array],
+    loss: Callable[..., jax.Array],
     params: Tree,
     fixed: Tree,
     data: Tree,
     rows: np.ndarray,
     cfg: FitConfig,
     progress: Progress | None = None,
+    *,
+    noisy: bool = False,
+    stop: int | None = None,
+    watch: Callable[[int, Tree], None] | None = None,
 ) -> tuple[Tree, list[float]]:
     """Minimises `loss(params, fixed, batch)` from `params`, which stay valid; and the losses.
 
     Batches are drawn on the device: `cfg.batch` of the tokens `rows`, with replacement, the same
-    for the same seed and step. Leaves of `data` are [L - 1, T, ...].
+    for the same seed and step. Leaves of `data` are [layers, T, ...].
+
+    Args:
+        noisy: the loss takes a key too, `loss(params, fixed, batch, key)`, another every step.
+        stop: ends after so many steps of the horizon, for one that was chosen beforehand.
+        watch: called with the number of steps done and parameters that it must not keep.
     """
     check(len(rows) > 0, "no tokens to fit a predictor on")
     optimizer = optax.chain(
@@ -128,7 +182,8 @@ def minimize(
         key = jax.random.fold_in(jax.random.key(cfg.seed), index)
         picked = rows[jax.random.randint(key, (cfg.batch,), 0, rows.shape[0])]
         batch = jax.tree.map(lambda leaf: leaf[:, picked], data)
-        value, grads = jax.value_and_grad(loss)(params, fixed, batch)
+        noise = (jax.random.fold_in(key, 1),) if noisy else ()
+        value, grads = jax.value_and_grad(loss)(params, fixed, batch, *noise)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its int32 count
             updates, state = optimizer.update(grads, state, params)
         return jax.tree.map(lambda p, u: p - rate * u, params, updates), state, value
@@ -139,7 +194,7 @@ def minimize(
     compiled = step.lower(*arguments).compile()
     losses, count, fraction = [], 0, 0.0
     start = time.perf_counter()
-    while fraction < 1:
+    while fraction < 1 and count != stop:
         rate = np.float32(cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * fraction)))
         params, state, value = compiled(
             params, state, fixed, data, rows_on_device, np.int32(count), rate
@@ -150,6 +205,8 @@ def minimize(
         count += 1
         elapsed = (time.perf_counter() - start) / cfg.horizon_secs
         fraction = count / cfg.horizon_steps if cfg.horizon_steps else elapsed
+        if watch is not None:
+            watch(count, params)
         if progress is not None:
             progress(min(fraction, 1.0), count, previous)
     return params, [float(value) for value in losses]
@@ -159,8 +216,3 @@ def _targets(recording: Recording) -> jax.Array:
     """int32 [L - 1, T, K]: what is to be predicted."""
     topk_idx = recording.topk_idx[1:]
     return jnp.asarray(topk_idx.reshape(topk_idx.shape[0], -1, topk_idx.shape[-1]))
-
-
-def _valid(recording: Recording, num_experts: int) -> np.ndarray:
-    """Indices into T of the tokens that are not padding."""
-    return np.flatnonzero(recording.topk_idx[0, :, :, 0].ravel() < num_experts)

@@ -15,7 +15,7 @@ import jax
 from moejax.core.errors import check
 from moejax.core.structs import Routing
 from moejax.predictors import features, history, next_gate, residual
-from moejax.predictors.features import HistoryState, current_features, observe
+from moejax.predictors.features import HistoryState
 from moejax.predictors.history import HistoryParams
 from moejax.predictors.residual import ResidualParams
 from moejax.routing.config import RouterConfig
@@ -67,19 +67,19 @@ def residual_scorer(params: ResidualParams, routers: RouterParams, cfg: RouterCo
 
 
 def history_scorer(params: HistoryParams) -> Scorer:
-    """Routing history; its state is `init_history_state(params.popularity, B, top_k)`.
+    """Routing history; its state is `history.init_state(params, B)`.
 
     One token per sequence: prefill is recorded by `observe_prompt`, not predicted.
     """
 
     def score(x, routing, layer, state):
-        rows, sequences = routing.topk_idx.shape[0], state.ema.shape[1]
+        rows, sequences = routing.topk_idx.shape[0], state.latent.shape[0]
         check(
             rows == sequences,
             f"the history scorer wants one token of each of {sequences} sequences, got {rows} rows",
         )
         with jax.named_scope("predict_history"):
-            state = observe(state, layer, routing.topk_idx)
-            return history.scores(params, layer, current_features(state, layer)), state
+            state = history.follow(params, state, layer, routing.topk_idx)
+            return history.ask(params, state, layer), state
 
     return score

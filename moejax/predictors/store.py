@@ -77,13 +77,14 @@ def describe(params: Predictor) -> tuple[str, dict[str, int]]:
         "num_experts": num_experts,
         "vocab_size": vocab_size,
         "embedding": embedding,
-        "hidden": params.net.mlp.w_in.shape[-1],
+        "hidden": params.net.reader.w_in.shape[-1],
+        "horizons": params.horizons,
     }
 
 
 SIZES = {
     "residual": {"num_layers", "d_model", "hidden", "num_experts"},
-    "history": {"num_layers", "num_experts", "vocab_size", "embedding", "hidden"},
+    "history": {"num_layers", "num_experts", "vocab_size", "embedding", "hidden", "horizons"},
 }
 
 

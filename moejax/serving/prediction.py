@@ -12,8 +12,8 @@ from moejax.models.decoder import DecoderParams
 from moejax.models.experts import stack_moe
 from moejax.offload.prefetch import Scorer
 from moejax.predictors import scorers
-from moejax.predictors.features import HistoryState, init_history_state, observe_prompt
-from moejax.predictors.history import HistoryParams
+from moejax.predictors.features import HistoryState, observe_prompt
+from moejax.predictors.history import HistoryParams, init_state
 from moejax.predictors.residual import ResidualParams
 from moejax.predictors.store import Predictor, describe
 from moejax.routing.gates import RouterParams
@@ -70,14 +70,9 @@ def residual(learned: ResidualParams, params: DecoderParams, cfg: DecoderConfig)
     )
 
 
-def history(learned: HistoryParams, cfg: DecoderConfig) -> Prediction:
+def history(learned: HistoryParams) -> Prediction:
     """Routing history alone."""
-    top_k = cfg.moe.router.top_k
-    return Prediction(
-        params=learned,
-        scorer=scorers.history_scorer,
-        init=lambda params, batch: init_history_state(params.popularity, batch, top_k),
-    )
+    return Prediction(params=learned, scorer=scorers.history_scorer, init=init_state)
 
 
 def check_fits(learned: Predictor, cfg: DecoderConfig) -> None:
@@ -97,5 +92,5 @@ def fitted(learned: Predictor, params: DecoderParams, cfg: DecoderConfig) -> Pre
     """A predictor of `predictors.store`; `InputError` for one of another model."""
     check_fits(learned, cfg)
     if isinstance(learned, HistoryParams):
-        return history(learned, cfg)
+        return history(learned)
     return residual(learned, params, cfg)

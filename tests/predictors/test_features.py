@@ -7,9 +7,9 @@ import pytest
 
 from moejax.core.errors import InputError
 from moejax.predictors import features
-from moejax.predictors.features import NUM_RECENT, Recording
+from moejax.predictors.recording import Recording
 from tests.predictors import synthetic
-from tests.predictors.synthetic import E, K, L
+from tests.predictors.synthetic import E, K, L, V
 
 
 @pytest.fixture
@@ -25,71 +25,86 @@ def start(recording: Recording) -> jax.Array:
     return jnp.asarray(features.popularity(recording.topk_idx, E))
 
 
+def initial_state(recording: Recording) -> features.HistoryState:
+    batch = len(recording.tokens)
+    return features.HistoryState(
+        ema=features.initial_ema(start(recording), batch),
+        latent=jnp.zeros((batch, 1)),
+        token=jnp.zeros((batch,), jnp.int32),
+    )
+
+
 @jax.jit
 def decode_step(state, token, topk_idx):
     """One token through a scan over layers, as the decoder runs it; topk_idx [L, B, K]."""
 
     def layer_body(state, step):
         layer, chosen = step
-        state = features.observe(state, layer, chosen)
-        return state, features.current_features(state, layer)
+        before = jax.lax.dynamic_index_in_dim(state.ema, layer, keepdims=False)
+        return features.observe(state, layer, chosen), before
 
     state = features.begin_token(state, token)
     return jax.lax.scan(layer_body, state, (jnp.arange(L), topk_idx))
 
 
 def test_decoding_sees_the_recorded_features(recording):
-    recorded = features.recorded_features(recording, start(recording))
+    recorded = features.recorded_features(recording, start(recording), vocab_size=V)
     batch, length = recording.tokens.shape
-    state = features.init_history_state(start(recording), batch, K)
+    state = initial_state(recording)
     for position in range(length):
         tokens, idx = recording.tokens[:, position], recording.topk_idx[:, :, position]
-        state, now = decode_step(state, tokens, idx)
+        state, ema = decode_step(state, tokens, idx)
         rows = np.arange(batch) * length + position
-        for name in ("token", "recent", "ema"):
-            want = np.asarray(getattr(recorded, name))[:, rows]
-            np.testing.assert_array_equal(np.asarray(getattr(now, name))[:-1], want, name)
+        np.testing.assert_array_equal(np.asarray(ema), np.asarray(recorded.ema)[:, rows])
+        np.testing.assert_array_equal(state.token, np.asarray(recorded.token)[0, rows])
+        np.testing.assert_array_equal(idx, np.asarray(recorded.chosen)[:, rows])
 
 
 def test_prompt_equals_token_by_token(recording):
-    batch, length = recording.tokens.shape
-    whole = features.init_history_state(start(recording), batch, K)
-    by_token = whole
+    whole = by_token = initial_state(recording)
     whole = jax.jit(features.observe_prompt)(whole, recording.topk_idx)
-    for position in range(length):
+    for position in range(recording.tokens.shape[1]):
         by_token, _ = decode_step(
             by_token, recording.tokens[:, position], recording.topk_idx[:, :, position]
         )
     np.testing.assert_array_equal(np.asarray(whole.ema), np.asarray(by_token.ema))
 
 
-def test_ema_is_the_decayed_sum_of_earlier_tokens_of_the_sequence(recording):
+def test_averages_are_decayed_sums_of_earlier_tokens_of_the_sequence(recording):
     initial = np.asarray(start(recording))
-    recorded = features.recorded_features(recording, start(recording))
-    length, layer, sequence, position = recording.tokens.shape[1], 1, 1, 5
-    want = initial[layer + 1].astype(np.float64)
-    for chosen in recording.topk_idx[layer + 1, sequence, :position]:
-        want = 0.9 * want
-        want[chosen] += 0.1
-    got = np.asarray(recorded.ema)[layer, sequence * length + position]
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
-    first = np.asarray(recorded.ema)[layer, sequence * length]
-    np.testing.assert_array_equal(first, initial[layer + 1])
+    recorded = features.recorded_features(recording, start(recording), vocab_size=V)
+    length, layer, sequence, position = recording.tokens.shape[1], 2, 1, 5
+    for p, decay in enumerate(features.DECAYS):
+        want = initial[layer].astype(np.float64)
+        for chosen in recording.topk_idx[layer, sequence, :position]:
+            want = decay * want
+            want[chosen] += 1 - decay
+        got = np.asarray(recorded.ema)[layer, sequence * length + position, p]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+        first = np.asarray(recorded.ema)[layer, sequence * length, p]
+        np.testing.assert_array_equal(first, initial[layer])
 
 
-def test_recent_choices_go_back_layer_by_layer(recording):
-    recorded = features.recorded_features(recording, start(recording))
-    recent = np.asarray(recorded.recent).reshape(L - 1, *recording.tokens.shape, NUM_RECENT, K)
-    for layer in range(L - 1):
-        for back in range(NUM_RECENT):
-            want = recording.topk_idx[layer - back] if back <= layer else E
-            np.testing.assert_array_equal(
-                recent[layer, :, :, back], np.broadcast_to(want, recording.topk_idx[0].shape)
-            )
+def test_some_rows_are_those_rows(recording):
+    every = features.recorded_features(recording, start(recording), vocab_size=V)
+    rows = np.array([3, 11, 4])
+    some = features.recorded_features(recording, start(recording), vocab_size=V, rows=rows)
+    for name in ("token", "chosen", "ema"):
+        want = np.asarray(getattr(every, name))[:, rows]
+        np.testing.assert_array_equal(np.asarray(getattr(some, name)), want)
+
+
+def test_without_token_ids_all_tokens_are_the_same(recording):
+    bare = Recording(topk_idx=recording.topk_idx)
+    assert not np.asarray(
+        features.recorded_features(bare, start(recording), vocab_size=1).token
+    ).any()
+    with pytest.raises(InputError, match="vocab_size=11: the recording has no token ids"):
+        features.recorded_features(bare, start(recording), vocab_size=V)
 
 
 def test_padding_changes_no_average(recording):
-    state = features.init_history_state(start(recording), 3, K)
+    state = initial_state(recording)
     padded = jnp.full((3, K), E, jnp.int32)
     moved = features.observe(state, jnp.int32(1), padded)
     np.testing.assert_array_equal(np.asarray(moved.ema), np.asarray(state.ema))

@@ -10,14 +10,20 @@ from moejax.predictors.config import FitConfig
 from tests.predictors import synthetic
 from tests.predictors.synthetic import CFG, E, K, L, V
 
-STEPS = FitConfig(horizon_steps=250, batch=256, hidden=32, embedding=8, learning_rate=1e-2)
+STEPS = FitConfig(
+    horizon_steps=250,
+    batch=256,
+    hidden=32,
+    embedding=32,
+    learning_rate=1e-2,
+    drop_choices=0.0,
+    drop_hidden=0.0,
+)
 
 
 def history_recall(params, recording) -> np.ndarray:
-    recorded = features.recorded_features(recording, params.popularity)
-    ask = jax.jit(jax.vmap(history.one_layer, in_axes=(0, None, 0)))
-    scores = np.asarray(ask(params.net.mlp, params.net.embedding, recorded))
-    return recall(scores, recording)
+    recorded = features.recorded_features(recording, params.popularity, vocab_size=V)
+    return recall(np.asarray(jax.jit(history.scores)(params, recorded)), recording)
 
 
 def recall(scores, recording) -> np.ndarray:

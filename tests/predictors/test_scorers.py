@@ -11,7 +11,7 @@ from moejax.core.errors import InputError
 from moejax.core.structs import Routing
 from moejax.predictors import features, history, next_gate, residual, scorers
 from tests.predictors import synthetic
-from tests.predictors.synthetic import CFG, D, E, K, L, V
+from tests.predictors.synthetic import CFG, D, E, L, V
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +83,20 @@ def test_history_scorer_follows_the_sequences(stream):
     share = jnp.asarray(features.popularity(recording.topk_idx, E))
     params = noisy(history.init_history, share, vocab_size=V, embedding=4, hidden=8)
     params = params.replace(popularity=share)
-    recorded = features.recorded_features(recording, share)
+    recorded = features.recorded_features(recording, share, vocab_size=V)
+    want = jax.jit(history.scores)(params, recorded)
     batch, length = recording.tokens.shape
-    state = features.init_history_state(params.popularity, batch, K)
+    state = history.init_state(params, batch)
     for position in range(length):
         state, scores = decode(scorers.history_scorer, (params,), recording, position, state)
         rows = np.arange(batch) * length + position
-        for layer in range(L - 1):
-            now = jax.tree.map(lambda leaf, layer=layer, rows=rows: leaf[layer, rows], recorded)
-            want = history.scores(params, layer, now)
-            np.testing.assert_allclose(scores[layer], want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(scores[:-1], want[:, rows], rtol=1e-5, atol=1e-5)
 
 
 def test_history_scorer_refuses_prefill(stream):
     recording, _ = stream
     share = jnp.asarray(features.popularity(recording.topk_idx, E))
     params = noisy(history.init_history, share, vocab_size=V, embedding=4, hidden=8)
-    state = features.init_history_state(share, 1, K)
+    state = history.init_state(params.replace(popularity=share), 1)
     with pytest.raises(InputError, match="1 sequences, got 3 rows"):
         decode(scorers.history_scorer, (params,), recording, 0, state)

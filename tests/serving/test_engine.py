@@ -79,7 +79,7 @@ def history(dense):
     learned = init_history(
         jax.random.key(5), jnp.asarray(start), vocab_size=32, embedding=8, hidden=8
     )
-    return prediction.history(learned, CFG)
+    return prediction.history(learned)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

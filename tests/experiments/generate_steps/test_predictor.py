@@ -13,6 +13,7 @@ from moejax.core.memory import nbytes
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import moe_decoder
 from moejax.models.decoder import init_decoder
+from moejax.predictors.features import DECAYS
 from moejax.predictors.history import init_history
 from moejax.predictors.residual import init_residual
 from moejax.predictors.store import save_predictor
@@ -65,7 +66,7 @@ def test_every_name_gives_its_prediction(folder, dense):
     np.testing.assert_array_equal(beside.w_router, routers.w_router)
     history = make("history", str(folder / "history"), dense)
     state = history.init(history.params, 2)
-    np.testing.assert_array_equal(state.ema, np.ones((L, 2, E)))
+    np.testing.assert_array_equal(state.ema, np.ones((L, 2, len(DECAYS), E)))
 
 
 def test_the_bytes_of_a_prediction(folder):
@@ -75,8 +76,8 @@ def test_the_bytes_of_a_prediction(folder):
         one, groups=tuple(dataclasses.replace(one.groups[0], num_layers=n) for n in (1, 2))
     )
     routers = 4 * L * D * E
-    # Averages [L, B, E], the choices of four layers [B, 4, K], the newest tokens [B].
-    state = 4 * (L * 3 * E + 3 * 4 * 2 + 3)
+    # Averages [L, B, P, E], latents [B, C], the newest tokens [B].
+    state = 4 * (L * 3 * len(DECAYS) * E + 3 * 3 + 3)
     cases = {"none": (0, 0), "next_gate": (0, routers), "learned": (0, routers)}
     for name, (kept, copied) in (cases | {"history": (state, 0)}).items():
         where = str(folder / name) if name in predictor.FITTED else None
