@@ -71,6 +71,18 @@ def read_part(stack: jax.Array, row: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(stack, row, 0, keepdims=False)
 
 
+def read_layer(stack: jax.Array, row: jax.Array) -> jax.Array:
+    """`read_part`, on CPU of bfloat16 by its bits and behind a barrier, as `read_row` explains."""
+    if stack.dtype != jnp.bfloat16:
+        return read_part(stack, row)
+
+    def by_bits(stack, row):
+        stack, row = lax.optimization_barrier((stack, row))
+        return from_bits(read_part(to_bits(stack), row), jnp.dtype(jnp.bfloat16))
+
+    return lax.platform_dependent(stack, row, cpu=by_bits, default=read_part)
+
+
 def refuse_dtypes(**arrays: Matrix) -> None:
     """Raises `NotImplementedError` unless every named array is float32 or bfloat16."""
     for name, array in arrays.items():

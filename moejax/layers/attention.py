@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moejax.kernels.rows import from_bits, read_part, to_bits
 from moejax.layers import gqa, mla
 from moejax.layers.gqa import AttentionConfig as AttentionConfig
 from moejax.layers.gqa import AttentionParams as AttentionParams
@@ -29,7 +30,9 @@ class KVCache:
     """What all layers keep of the positions so far, and how many of each sequence are filled.
 
     Keys and values, or latents and rotated keys, of the shapes that `cache_dims` of the config
-    says. Positions past `length` hold whatever was there; attention never looks at them.
+    says. Positions past `length` hold whatever was there; attention never looks at them. bfloat16
+    may be held as its bits, uint16: XLA:CPU then updates it in place (`kernels.rows.to_bits`), XLA
+    for TPU would copy it.
     """
 
     k: jax.Array  # [L, B, C, Hkv, Dh]
@@ -75,13 +78,23 @@ def cached_attention(
         q, k, v = kind.project(params, x, positions, cfg)
         rows = jnp.arange(x.shape[0])[:, None]
         # Positions past the end of the cache are dropped by the scatter; the caller checks sizes.
-        cache_k = cache_k.at[layer, rows, positions].set(k.astype(cache_k.dtype))
-        cache_v = cache_v.at[layer, rows, positions].set(v.astype(cache_v.dtype))
-        layer_k = jax.lax.dynamic_index_in_dim(cache_k, layer, 0, keepdims=False)
-        layer_v = jax.lax.dynamic_index_in_dim(cache_v, layer, 0, keepdims=False)
+        cache_k = cache_k.at[layer, rows, positions].set(_kept_as(k, cache_k))
+        cache_v = cache_v.at[layer, rows, positions].set(_kept_as(v, cache_v))
+        layer_k, layer_v = _values(cache_k, layer), _values(cache_v, layer)
         slots = jnp.arange(cache_k.shape[2], dtype=positions.dtype)
         visible = sees(positions[:, :, None], slots[None, None, :], cfg)
         return kind.attend(params, q, layer_k, layer_v, visible, cfg), cache_k, cache_v
+
+
+def _kept_as(new: jax.Array, cache: jax.Array) -> jax.Array:
+    """Keys or values in the form that the cache holds them in."""
+    return to_bits(new) if cache.dtype == jnp.uint16 else new.astype(cache.dtype)
+
+
+def _values(cache: jax.Array, layer: jax.Array) -> jax.Array:
+    """What the cache holds of `layer`, [B, C, Hkv, Dh]."""
+    part = read_part(cache, layer)
+    return from_bits(part, jnp.dtype(jnp.bfloat16)) if part.dtype == jnp.uint16 else part
 
 
 def sees(query: jax.Array, key: jax.Array, cfg: AnyConfig) -> jax.Array:

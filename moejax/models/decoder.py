@@ -18,6 +18,7 @@ from moejax.core.errors import check
 from moejax.core.structs import MoEMetrics
 from moejax.experts.gated import gated_mlp
 from moejax.experts.stage import Stage, resident
+from moejax.kernels.rows import read_layer
 from moejax.layers.attention import KVCache, cached_attention, self_attention
 from moejax.layers.gqa import AttentionParams
 from moejax.layers.moe import moe
@@ -87,7 +88,7 @@ def forward(
 
     k, v = (None, None) if cache is None else (cache.k, cache.v)
     late = jnp.zeros_like(x) if any(layer.shortcut for layer in cfg.layers) else None
-    call = _Call(cfg, positions, flat_mask, stage, parallel)
+    call = _Call(cfg, positions, flat_mask, stage, parallel, cache is not None)
     carry = (x, k, v, stage_state, late)
     groups = zip(cfg.groups, params.groups, strict=True)
     carry, traces = _run_groups(call, carry, groups, (0, 0), forced_idx)
@@ -113,6 +114,7 @@ class _Call(NamedTuple):
     flat_mask: jax.Array | None
     stage: Stage
     parallel: Parallel
+    cached: bool
 
 
 def _run_groups(
@@ -139,7 +141,25 @@ def _run_equal(call, carry, group, layers, first, forced_idx):
     index = jnp.arange(group.num_layers, dtype=jnp.int32)
     forced_idx = forced_idx if group.moe else None
     steps = (layers, first[0] + index, first[1] + index, forced_idx)
-    return jax.lax.scan(partial(_layer, call=call, group=group), carry, steps)
+    return _scan(call, partial(_layer, call=call, group=group), carry, steps)
+
+
+def _scan(call, body, carry, steps):
+    """`lax.scan` over (weights, *rest), which with a cache reads weights as decoding wants it.
+
+    Without a cache there may be gradients, which a scan gathers step by step.
+    """
+    if not call.cached:
+        return jax.lax.scan(body, carry, steps)
+    weights, *rest = steps
+
+    def read(carry, step):
+        index, *rest = step
+        params = jax.tree.map(lambda stack: read_layer(stack, index), weights)
+        return body(carry, (params, *rest))
+
+    (length,) = {leaf.shape[0] for leaf in jax.tree.leaves(weights)}
+    return jax.lax.scan(read, carry, (jnp.arange(length, dtype=jnp.int32), *rest))
 
 
 def _run_cycle(call, carry, cycle, layers, first, forced_idx):
@@ -156,7 +176,7 @@ def _run_cycle(call, carry, cycle, layers, first, forced_idx):
         return _run_groups(call, carry, zip(cycle.groups, params, strict=True), at, forced)
 
     steps = (layers, jnp.arange(repeats, dtype=jnp.int32), forced_idx)
-    carry, traces = jax.lax.scan(once, carry, steps)
+    carry, traces = _scan(call, once, carry, steps)
     return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), traces)
 
 

@@ -12,6 +12,7 @@ from flax import struct
 
 from moejax.experts.gated import init_experts
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.kernels.rows import to_bits
 from moejax.layers.attention import AnyParams, KVCache, init_any
 from moejax.layers.moe import MoEParams, init_moe
 from moejax.layers.norm import NormParams, init_norm
@@ -96,11 +97,12 @@ def _init_layer(key: jax.Array, group: LayerGroup, cfg: DecoderConfig) -> LayerP
     )
 
 
-def init_cache(cfg: DecoderConfig, batch: int, capacity: int) -> KVCache:
-    """An empty KV cache of `capacity` positions."""
-    k, v = ((cfg.num_layers, batch, capacity, *dims) for dims in cfg.attention.cache_dims)
+def init_cache(cfg: DecoderConfig, batch: int, capacity: int, *, as_bits: bool = False) -> KVCache:
+    """An empty KV cache of `capacity` positions; `as_bits` is what CPU wants, see `KVCache`."""
+    shapes = ((cfg.num_layers, batch, capacity, *dims) for dims in cfg.attention.cache_dims)
+    k, v = (jnp.zeros(shape, cfg.jnp_dtype) for shape in shapes)
     return KVCache(
-        k=jnp.zeros(k, cfg.jnp_dtype),
-        v=jnp.zeros(v, cfg.jnp_dtype),
+        k=to_bits(k) if as_bits else k,
+        v=to_bits(v) if as_bits else v,
         length=jnp.zeros((batch,), jnp.int32),
     )

@@ -83,7 +83,7 @@ def make_programs(
     fill = jax.shard_map(
         body.preload, mesh=mesh, in_specs=(EXPERT_SPEC, session, P(AXIS)), out_specs=session
     )
-    start = partial(_start, experts, cfg, mesh.shape[AXIS], capacity, offload, prediction)
+    start = partial(_start, experts, cfg, mesh, capacity, offload, prediction)
     return Programs(
         start=jax.jit(
             start,
@@ -112,7 +112,7 @@ def _jit_prefill(cfg: DecoderConfig, mesh: Mesh, offload: OffloadConfig | None):
 def _start(
     experts,
     cfg,
-    ranks,
+    mesh,
     capacity,
     offload,
     prediction,
@@ -123,7 +123,7 @@ def _start(
     temperature,
     top_p=1.0,
 ):
-    state = None
+    state, ranks = None, mesh.shape[AXIS]
     if offload is not None:
         local = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
@@ -135,7 +135,7 @@ def _start(
         state = init_state(local, offload, predictor=seen)
         state = jax.tree.map(lambda leaf: jnp.stack([leaf] * ranks), state)
     return Session(
-        kv=init_cache(cfg, batch, capacity),
+        kv=init_cache(cfg, batch, capacity, as_bits=mesh.devices.flat[0].platform == "cpu"),
         token=jnp.zeros((batch,), jnp.int32),
         key=jax.random.key(seed),
         temperature=jnp.float32(temperature),

@@ -225,6 +225,27 @@ def test_layers_start_from_weights_of_their_own():
     np.testing.assert_allclose(np.std(stack.mlp.experts.w_up), D**-0.5, rtol=0.1)
 
 
+def test_cached_bfloat16_is_read_layer_by_layer(tokens):
+    """XLA:CPU converts a stack that it slices, and a cache that it writes to, as a whole."""
+    cfg = dataclasses.replace(CFG, dtype="bfloat16")
+    params = jax.eval_shape(lambda: init_decoder(jax.random.key(0), cfg))
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.ones(leaf.shape), leaf.dtype), params)
+
+    def compiled(as_bits):
+        cache = init_cache(cfg, B, 7, as_bits=as_bits)
+        program = FORWARD.lower(params, tokens, cfg, cache=cache).compile()
+        return program(params, tokens, cache=cache), program.as_text()
+
+    (plain, converts), (bits, text) = compiled(False), compiled(True)
+    np.testing.assert_array_equal(plain.logits, bits.logits)
+    np.testing.assert_array_equal(np.asarray(plain.cache.k).view(np.uint16), bits.cache.k)
+    # Queries of two layers of four heads; three layers of keys or values.
+    weights, kept = f"[{LM},{D},4,4]", f"[3,{B},7,2,4]"
+    assert f"bf16{weights}" in text and f"f32{weights}" not in text
+    assert f"u16{kept}" in text and f"f32{kept}" not in text
+    assert f"f32{kept}" in converts
+
+
 def test_bfloat16_model_has_float32_routers_and_logits(key):
     cfg = dataclasses.replace(CFG, dtype="bfloat16")
 
