@@ -18,6 +18,8 @@ from moejax.aot.compile import abstract
 from moejax.core.errors import check
 from moejax.core.memory import device_sharding, fetch_rows, host_sharding
 from moejax.core.mesh import check_divisible
+from moejax.costmodel.hardware import get_machine
+from moejax.costmodel.miss import MissCosts, expert_cost
 from moejax.experts.gated import gated_mlp, init_experts
 from moejax.experts.quantize import abstract_quantized
 from moejax.interop.hf.fields import Fields
@@ -30,6 +32,8 @@ from moejax.models.config import DecoderConfig, moe_decoder
 from moejax.models.decoder import init_decoder
 from moejax.models.footprint import footprint
 from moejax.offload.budget import Footprint, parse_budget, solve_slots
+from moejax.offload.columns import split_columns
+from moejax.offload.misses import Serve
 from moejax.offload.prefetch import FetchMode
 from moejax.offload.slots import write_row
 from moejax.offload.stage import OffloadConfig
@@ -66,6 +70,8 @@ class DecodeStep:
             on the devices.
         experts_dtype: what the experts are stored as, None for `dtype`.
         workspace_mib: part of the budget left for activations and the compiler's temporaries.
+        serve: who serves misses, see `moejax.offload.misses`; `divide` by what a v5e host plans.
+        column_parts: see `moejax.offload.columns`.
     """
 
     batch: int = 1
@@ -78,6 +84,8 @@ class DecodeStep:
     prefetch_lanes: int = 8
     policy: Literal["lru", "lfu", "random"] = "lru"
     fetch_mode: FetchMode = "always"
+    serve: Serve = "fetch"
+    column_parts: int = 1
 
     def model(self) -> DecoderConfig:
         """The decoder that is compiled."""
@@ -99,6 +107,9 @@ class DecodeStep:
             policy=self.policy,
             prefetch_lanes=self.prefetch_lanes,
             fetch_mode=self.fetch_mode,
+            serve=self.serve,
+            costs=_planned(wants.expert_bytes) if self.serve == "divide" else None,
+            column_parts=self.column_parts,
         )
 
     def build(self, mesh: Mesh) -> Built:
@@ -109,6 +120,8 @@ class DecodeStep:
         params, experts = split_experts(
             jax.eval_shape(lambda: init_decoder(jax.random.key(0), cfg)), cfg
         )
+        if self.column_parts > 1:
+            experts = jax.eval_shape(lambda e: split_columns(e, self.column_parts), experts)
         if self.experts_dtype:
             experts = abstract_quantized(experts, self.experts_dtype)
         wants = self.footprint(params, experts, mesh.shape[AXIS])
@@ -251,6 +264,10 @@ def stream_layers(store: GatedWeights, x: jax.Array) -> jax.Array:
     landed = fetch_rows(store, jnp.int32(0))
     carry, _ = jax.lax.scan(layer, (x, slots, landed), jnp.arange(num_layers, dtype=jnp.int32))
     return carry[0]
+
+
+def _planned(expert_bytes: int) -> MissCosts:
+    return expert_cost(get_machine("v5e-host"), expert_bytes).miss
 
 
 def _check_tiles(**dims: int) -> None:

@@ -15,14 +15,18 @@ from rich.table import Table
 from experiments import cli
 from experiments.aot_programs import PROGRAMS, Built
 from moejax.aot.compile import CompiledFacts, compile_for
+from moejax.aot.gpu import facts_for_h100
 from moejax.aot.targets import get_target, target_mesh
 from moejax.core.errors import check
+from moejax.core.mesh import make_mesh
 from moejax.core.overlay import overlay
 
 PROGRAM = flags.DEFINE_string(
     "program", "offloaded_decode", f"what to compile: {', '.join(PROGRAMS)}"
 )
-TARGET = flags.DEFINE_string("target", "v5e:2x2", "TPU generation and topology, e.g. v6e:2x2")
+TARGET = flags.DEFINE_string(
+    "target", "v5e:2x2", "TPU generation and topology, e.g. v6e:2x2, or H100"
+)
 SET = cli.define_set()
 
 
@@ -32,19 +36,28 @@ def main() -> None:
         PROGRAM.value in PROGRAMS,
         f"--program={PROGRAM.value} is not one of {', '.join(PROGRAMS)}",
     )
-    target = get_target(TARGET.value)
     program = overlay(PROGRAMS[PROGRAM.value](), SET.value)
-    mesh = target_mesh(target.name, expert=program.expert_axis)
-    built = program.build(mesh)
-    facts = compile_for(built.fn, built.abstract_args)
+    built, facts, kind = compiled(program, TARGET.value)
     figures = collect(built, facts)
     record = cli.write_report(
         f"aot_report/{PROGRAM.value}",
         "schedule",
-        {"program": PROGRAM.value, "target": target.name, "config": str(program), **figures},
-        device=f"{mesh.devices.flat[0].device_kind} (compiled for, not run)",
+        {"program": PROGRAM.value, "target": TARGET.value, "config": str(program), **figures},
+        device=f"{kind} (compiled for, not run)",
     )
     show(record)
+
+
+def compiled(program: Any, target: str) -> tuple[Built, CompiledFacts, str]:
+    """The program built and compiled for `target`, and the name of its devices."""
+    if target == "H100":
+        cli.use_cpu_devices(program.expert_axis)  # they stand for the GPUs
+        built = program.build(make_mesh(expert=program.expert_axis))
+        return built, facts_for_h100(built.fn, built.abstract_args), "NVIDIA H100 80GB HBM3"
+    mesh = target_mesh(get_target(target).name, expert=program.expert_axis)
+    built = program.build(mesh)
+    kind = mesh.devices.flat[0].device_kind
+    return built, compile_for(built.fn, built.abstract_args), kind
 
 
 def collect(built: Built, facts: CompiledFacts) -> dict[str, Any]:
@@ -64,7 +77,8 @@ def collect(built: Built, facts: CompiledFacts) -> dict[str, Any]:
         "device_temp_bytes": facts.memory.device_temporaries,
         "host_bytes": facts.memory.host_bytes,
         "host_callbacks": facts.host_callbacks,
-        "host_computes": facts.host_computes,
+        "host_computes": len(facts.host_computes),
+        "host_computes_overlapped": len(facts.overlapped_host_computes(built.compute_scope)),
         "collectives": [
             {"kind": one.kind, "axes": list(one.axes), "bytes": one.nbytes}
             for one in facts.collectives

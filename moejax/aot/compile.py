@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 
 from moejax.aot import facts
 from moejax.aot.collectives import Collective, collectives
-from moejax.aot.facts import Transfer
+from moejax.aot.facts import HostCompute, Transfer
 from moejax.aot.hlo import Instruction, Module, parse_hlo
 from moejax.core.errors import check
 
@@ -65,8 +65,8 @@ class CompiledFacts:
         return collectives(self.module, self.mesh)
 
     @functools.cached_property
-    def host_computes(self) -> int:
-        return facts.count_host_computes(self.module)
+    def host_computes(self) -> tuple[HostCompute, ...]:
+        return facts.host_computes(self.module)
 
     @functools.cached_property
     def host_callbacks(self) -> int:
@@ -83,6 +83,10 @@ class CompiledFacts:
     def overlapped(self, scope: str, compute_scope: str) -> tuple[Transfer, ...]:
         """Those of `fetches(scope)` that span all matrix work under `compute_scope`."""
         return facts.overlapped(self.module, self.fetches(scope), compute_scope)
+
+    def overlapped_host_computes(self, compute_scope: str) -> tuple[HostCompute, ...]:
+        """Calls of the host that span all matrix work under `compute_scope`."""
+        return facts.overlapped(self.module, self.host_computes, compute_scope)
 
     def whole_copies(self, shape: Sequence[int]) -> tuple[Instruction, ...]:
         """See `facts.whole_copies`."""
@@ -126,7 +130,7 @@ def compile_for(
     return CompiledFacts(
         module=parse_hlo(compiled.as_text() or ""),
         mesh=mesh,
-        memory=_memory(compiled.memory_analysis()),
+        memory=memory_facts(compiled.memory_analysis()),
     )
 
 
@@ -143,7 +147,8 @@ def _mesh_of(abstract_args: Sequence[Any]) -> Mesh:
     return meshes.pop()
 
 
-def _memory(stats: Any) -> MemoryFacts:
+def memory_facts(stats: Any) -> MemoryFacts:
+    """What XLA's `CompiledMemoryStats` say."""
     return MemoryFacts(
         device_arguments=stats.argument_size_in_bytes,
         device_outputs=stats.output_size_in_bytes,

@@ -9,7 +9,7 @@ computation; how long either takes, it does not say. Instructions carry the path
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, TypeVar
 
 from moejax.aot.hlo import HOST_SPACE, Array, Instruction, Module, parse_arrays, tuple_elements
 from moejax.core.errors import check
@@ -33,6 +33,19 @@ class Transfer:
     nbytes: int
     start: int  # position in the computation
     done: int  # the same as start when synchronous
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostCompute:
+    """One call of the host's processor (`compute_on`, or by accident), asynchronous or not."""
+
+    name: str
+    computation: str
+    start: int  # position in the computation
+    done: int  # the same as start when synchronous
+
+
+Span = TypeVar("Span", Transfer, HostCompute)
 
 
 def transfers(module: Module) -> tuple[Transfer, ...]:
@@ -72,6 +85,27 @@ def transfers(module: Module) -> tuple[Transfer, ...]:
     return tuple(found)
 
 
+def host_computes(module: Module) -> tuple[HostCompute, ...]:
+    """All calls of the host's processor, in schedule order per computation."""
+    found = []
+    for name in module.scheduled():
+        computation = module.computations[name]
+        for start, one in enumerate(computation):
+            if one.target != "HostExecute" or one.opcode == "custom-call-done":
+                continue
+            ends = [
+                at
+                for at, other in enumerate(computation)
+                if other.opcode == "custom-call-done" and one.name in other.operands
+            ]
+            found.append(
+                HostCompute(
+                    name=one.name, computation=name, start=start, done=ends[0] if ends else start
+                )
+            )
+    return tuple(found)
+
+
 def _endpoints(
     instruction: Instruction, types: dict[str, Instruction]
 ) -> tuple[Array, Array, Array] | None:
@@ -80,7 +114,9 @@ def _endpoints(
     if opcode == "copy-start":
         destination, source = instruction.arrays[:2]
         return source, destination, destination
-    if opcode in ("dynamic-slice-start", "slice-start", "dynamic-update-slice-start"):
+    # On GPU a slice is a fusion.
+    slices = ("dynamic-slice-start", "slice-start", "dynamic-update-slice-start", "fusion-start")
+    if opcode in slices:
         inputs, result = tuple_elements(instruction.type)[:2]
         operands = parse_arrays(inputs)
         (destination,) = parse_arrays(result)
@@ -127,20 +163,18 @@ class Work:
         return instruction.opcode in ("fusion", "reduce", "custom-call") and primitive in _MATMULS
 
 
-def overlapped(
-    module: Module, chosen: Iterable[Transfer], compute_scope: str
-) -> tuple[Transfer, ...]:
-    """Those transfers that start before and finish after all matrix work under `compute_scope`.
+def overlapped(module: Module, chosen: Iterable[Span], compute_scope: str) -> tuple[Span, ...]:
+    """Those that start before and finish after all matrix work under `compute_scope`.
 
-    Judged within the transfer's own computation (one loop body, one branch), which must hold some
-    such work: a transfer that is alone in its computation hides behind nothing.
+    Judged within the computation of a transfer or host call (one loop body, one branch), which must
+    hold some such work: what is alone in its computation hides behind nothing.
     """
     work = Work(module)
     result = []
-    for transfer in chosen:
-        positions = work.positions(transfer.computation, compute_scope)
-        if positions and transfer.start < positions[0] and positions[-1] < transfer.done:
-            result.append(transfer)
+    for one in chosen:
+        positions = work.positions(one.computation, compute_scope)
+        if positions and one.start < positions[0] and positions[-1] < one.done:
+            result.append(one)
     return tuple(result)
 
 
@@ -196,13 +230,6 @@ def _updates_in_place(body: dict[str, Instruction], output: Instruction) -> bool
     while output.opcode in ("bitcast", "dynamic-update-slice"):
         output = body[output.operands[0]]
     return output.opcode == "parameter"
-
-
-def count_host_computes(module: Module) -> int:
-    """Pieces of the program that run on the host's processor (`compute_on`, or by accident)."""
-    return sum(
-        one.target == "HostExecute" and one.opcode != "custom-call-done" for one in _all(module)
-    )
 
 
 def count_host_callbacks(module: Module) -> int:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from moejax.aot.compile import CompiledFacts, memory_facts
 from moejax.aot.hlo import Module, parse_hlo
 from moejax.core.errors import InputError
 
@@ -63,9 +64,20 @@ def compile_for_h100(
     *,
     compiler_options: dict[str, Any] | None = None,
 ) -> Module:
-    """The scheduled program of `fn(*abstract_args)` on H100s of one host, one per device.
+    """The scheduled program of `fn(*abstract_args)` on H100s, see `facts_for_h100`."""
+    return facts_for_h100(fn, abstract_args, compiler_options=compiler_options).module
+
+
+def facts_for_h100(
+    fn: Callable[..., Any],
+    abstract_args: Sequence[Any],
+    *,
+    compiler_options: dict[str, Any] | None = None,
+) -> CompiledFacts:
+    """`fn(*abstract_args)` as compiled for H100s of one host, one per device.
 
     Args:
+        fn: a function, or one already wrapped in `jax.jit` with its own donation.
         abstract_args: trees of `ShapeDtypeStruct`s over a mesh of CPU devices, which stand for the
             GPUs in mesh order.
         compiler_options: XLA flags without their dashes.
@@ -73,13 +85,19 @@ def compile_for_h100(
     Raises `InputError` where the plugin is missing. Cost: seconds; nothing runs.
     """
     devices = _devices(_num_devices(abstract_args))
-    lowered = jax.jit(fn).trace(*abstract_args).lower(lowering_platforms=("cuda",))
+    jitted = fn if isinstance(fn, jax.stages.Wrapped) else jax.jit(fn)
+    lowered = jitted.trace(*abstract_args).lower(lowering_platforms=("cuda",))
     executable = devices[0].client.compile(  # pyrefly: ignore[missing-attribute]
         lowered.compiler_ir("stablehlo"),
         executable_devices=_device_list(devices),
         compile_options=_compile_options(devices, compiler_options or {}),
     )
-    return parse_hlo("\n".join(module.to_string() for module in executable.hlo_modules()))
+    text = "\n".join(module.to_string() for module in executable.hlo_modules())
+    return CompiledFacts(
+        module=parse_hlo(text),
+        mesh=jax.tree.leaves(tuple(abstract_args))[0].sharding.mesh,
+        memory=memory_facts(executable.get_compiled_memory_stats()),
+    )
 
 
 def _num_devices(abstract_args: Sequence[Any]) -> int:

@@ -1,5 +1,8 @@
 """Version shims: everything that differs between the jax versions we support, in one place."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from jax.experimental import compute_on as _compute_on
 
@@ -8,7 +11,7 @@ JAX_VERSION: tuple[int, ...] = tuple(int(p) for p in jax.__version__.split(".")[
 # jax 0.10.2 and 0.11.0: `compute_on2(f, compute_type=..., out_memory_spaces=...)` wraps a function
 # and `compute_on` is a context manager. From 0.11.1 `compute_on` is the wrapper and `compute_on2`
 # is gone.
-compute_on = getattr(_compute_on, "compute_on2", None) or _compute_on.compute_on
+compute_on: Callable[..., Any] = getattr(_compute_on, "compute_on2", _compute_on.compute_on)
 
 HOST = jax.memory.Space.Host
 DEVICE = jax.memory.Space.Device

@@ -69,8 +69,9 @@ class MoEMetrics:
     load_balancing_loss: jax.Array  # float32 [], 1.0 when balanced
     router_z_loss: jax.Array  # float32 []
     lookups: jax.Array  # int32 [], distinct experts wanted
-    hits: jax.Array  # int32 [], wanted experts that needed no demand fetch
+    hits: jax.Array  # int32 [], wanted experts that the device had
     demand_fetches: jax.Array  # int32 [], experts fetched because they were missing
+    host_computes: jax.Array  # int32 [], missing experts that the host computed instead
     prefetches: jax.Array  # int32 [], experts fetched for this layer ahead of time
     prefetches_wasted: jax.Array  # int32 [], of those, the ones this layer did not use
     waves: jax.Array  # int32 [], rounds of fetch and compute of the slowest rank
@@ -87,6 +88,7 @@ def zero_metrics(num_experts: int) -> MoEMetrics:
         lookups=zero,
         hits=zero,
         demand_fetches=zero,
+        host_computes=zero,
         prefetches=zero,
         prefetches_wasted=zero,
         waves=zero,

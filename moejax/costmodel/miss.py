@@ -18,6 +18,19 @@ from moejax.costmodel.offload_bounds import Number, host_expert_s, transfer_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MissCosts:
+    """Seconds of one expert, measured or planned: what the compiled step divides misses by."""
+
+    fetch_s: float  # tau, on the link
+    host_read_s: float  # the host reads its weights
+    host_row_s: float  # the host computes one row
+
+    def __post_init__(self):
+        for name, seconds in dataclasses.asdict(self).items():
+            check(seconds > 0, f"{name}={seconds} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertCost:
     """One expert of a layer on one machine."""
 
@@ -40,6 +53,15 @@ class ExpertCost:
             rows,
             host_bytes_per_s=machine.host_rate,
             host_flops_per_s=machine.host_flops_per_s,
+        )
+
+    @property
+    def miss(self) -> MissCosts:
+        """The same as constants."""
+        return MissCosts(
+            fetch_s=self.fetch_s,
+            host_read_s=self.expert_bytes / self.machine.host_rate,
+            host_row_s=2 * self.params / self.machine.host_flops_per_s,
         )
 
     def device_s(self, rows: Number) -> Number:

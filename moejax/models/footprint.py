@@ -42,7 +42,7 @@ def footprint(
         workspace_bytes=sorted_bytes + rows * cfg.vocab_size * 4,
         expert_bytes=expert_bytes(experts),
         num_layers=cfg.num_moe_layers,
-        num_experts=cfg.moe.num_experts // ranks,
+        num_experts=experts.w_gate.shape[1] // ranks,
         landing_experts=lanes + 1,
         predictor_bytes=predictor_bytes,
     )

@@ -17,9 +17,12 @@ import jax.numpy as jnp
 from flax import struct
 
 from moejax.core.errors import check
+from moejax.costmodel.miss import MissCosts
 from moejax.experts.shard import local_routing, most_of_ranks, sum_ranks
 from moejax.experts.stage import Stage, StageCounts
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.offload.host import pick_rows, run_on_host
+from moejax.offload.misses import Serve, num_moved
 from moejax.offload.policies import POLICIES
 from moejax.offload.prefetch import (
     FetchMode,
@@ -53,6 +56,10 @@ class OffloadConfig:
         quota: `layer` divides the slots equally over the layers, `shared` is one pool.
         prefetch_lanes: experts fetched ahead per layer, 0 for none (and no landing buffers).
         fetch_mode: see `prefetch.choose`.
+        serve: who serves a miss, see `misses`.
+        costs: of one expert, which `divide` divides by.
+        column_parts: the store holds experts in so many parts, see `columns`; slots, lanes and
+            costs are those of parts.
     """
 
     num_slots: int
@@ -60,18 +67,27 @@ class OffloadConfig:
     quota: Literal["layer", "shared"] = "layer"
     prefetch_lanes: int = 0
     fetch_mode: FetchMode = "missing"
+    serve: Serve = "fetch"
+    costs: MissCosts | None = None
+    column_parts: int = 1
 
     def __post_init__(self):
         check(self.num_slots >= 1, f"num_slots={self.num_slots} must be at least 1")
+        check(self.column_parts >= 1, f"column_parts={self.column_parts} must be at least 1")
         lanes = self.prefetch_lanes
         check(lanes >= 0, f"prefetch_lanes={lanes} must not be negative")
         for name, known in (
             ("policy", sorted(POLICIES)),
             ("quota", ["layer", "shared"]),
             ("fetch_mode", list(get_args(FetchMode))),
+            ("serve", list(get_args(Serve))),
         ):
             value = getattr(self, name)
             check(value in known, f"{name}={value!r} is not one of {known}")
+        check(
+            (self.costs is not None) == (self.serve == "divide"),
+            f"serve={self.serve!r} and costs={self.costs} do not go together",
+        )
 
 
 @struct.dataclass(kw_only=True)
@@ -118,26 +134,30 @@ def offloaded(
         scorer: predicts the next layer's experts; None prefetches nothing.
         axis: mesh axis that the experts are sharded over, when inside `shard_map`.
 
-    Exact: outputs are bit-equal to the resident stage's on CPU. Cost per call: one transfer of an
-    expert per miss and per live prefetch lane; with `axis` one psum of [T, K, D].
+    Exact: outputs are bit-equal to the resident stage's on CPU. Elsewhere the host rounds in other
+    places than the device, so what it computes agrees to 1e-5 of the largest value in float32.
+    Cost per call: one transfer of an expert per miss that is moved and per live prefetch lane; one
+    host call unless all misses are moved; with `axis` one psum of [T, K, D].
     """
-    rows, (num_layers, num_experts) = flatten(store), store.w_gate.shape[:2]
+    flat, (num_layers, num_experts) = flatten(store), store.w_gate.shape[:2]
     policy = POLICIES[cfg.policy]
     ahead = LookAhead(
-        scorer=scorer, store=rows, num_experts=num_experts, mode=cfg.fetch_mode, axis=axis
+        scorer=scorer, store=flat, num_experts=num_experts, mode=cfg.fetch_mode, axis=axis
     )
 
     def stage(x, routing, weights, layer, state):
         assert weights is None, "the offloaded stage brings its own experts"
         local, landing = local_routing(routing, axis, num_experts), state.landing
-        wanted = (local.topk_idx.reshape(-1)[:, None] == jnp.arange(num_experts)[None]).any(0)
+        chosen = local.topk_idx.reshape(-1)[:, None] == jnp.arange(num_experts)[None]
+        wanted, rows = chosen.any(0), jnp.sum(chosen, axis=0, dtype=jnp.int32)
         table = touch_layer(state.cache.table, layer, wanted)
         cache = dataclasses.replace(state.cache, table=table)
         cache, used = absorb(cache, landing, layer, wanted, wanted, policy)
         crowded = _can_crowd(cfg, num_layers, min(local.topk_idx.size, num_experts))
         landed = landed_experts(landing, layer, num_experts) & crowded
-        work = sort_experts(cache.table, layer, wanted, landed)
-        call = plan_call(x, local, work, store=rows, policy=policy)
+        work = _divided(cfg, sort_experts(cache.table, layer, wanted, landed, rows), rows)
+        call = plan_call(x, local, work, store=flat, policy=policy)
+        y_host = None if cfg.serve == "fetch" else run_on_host(call)
         cache, y = run_missing(call, cache)
         if crowded:
             cache, late = absorb(cache, landing, layer, work.late, last_wave(work), policy)
@@ -146,18 +166,30 @@ def offloaded(
         coming, predictor = look_ahead(
             ahead, x, routing, layer, cache.table, landing, state.predictor
         )
-        y = unpermute(call, run_last(call, cache, y))
+        y = run_last(call, cache, y)
+        y = unpermute(call, y if y_host is None else pick_rows(call, y, y_host))
         state = OffloadState(cache=cache, landing=coming, predictor=predictor)
         return sum_ranks(y, axis), state, _counts(work, landing, used, axis)
 
     return stage
 
 
+def _divided(cfg, work, rows):
+    """`work` with its missing experts (int32 [E] `rows` each) divided between link and host."""
+    first = jnp.minimum(work.num_cached, rows.shape[0] - 1)
+    missing_rows = jnp.roll(rows[work.order], -first)
+    moved = num_moved(missing_rows, work.num_missing, cfg.serve, cfg.costs)
+    return dataclasses.replace(work, num_moved=moved)
+
+
 def _can_crowd(cfg, num_layers, most_wanted):
     """Whether a landed expert may find no slot, and then waits for the last wave.
 
     Not in mode `always`: the wait costs temporaries that its TPU budgets do not hold (docs/log.md).
+    Nor where the host may compute: then it serves them, and there may be no last wave to wait for.
     """
+    if cfg.serve != "fetch":
+        return False
     slots = cfg.num_slots // num_layers if cfg.quota == "layer" else cfg.num_slots
     return cfg.prefetch_lanes > 0 and cfg.fetch_mode == "missing" and most_wanted > slots
 
@@ -167,10 +199,11 @@ def _counts(work, landing, used, axis):
     counts = StageCounts(
         lookups=jnp.sum(work.wanted, dtype=jnp.int32),
         hits=work.num_cached + work.num_late,
-        demand_fetches=work.num_missing,
+        demand_fetches=work.num_moved,
+        host_computes=work.num_missing - work.num_moved,
         prefetches=fetched,
         prefetches_wasted=fetched - used,
-        waves=1 + work.num_missing,
+        waves=1 + work.num_moved,
     )
     waves = most_of_ranks(counts.waves, axis)
     return dataclasses.replace(sum_ranks(counts, axis), waves=waves)

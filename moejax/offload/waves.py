@@ -45,36 +45,47 @@ from moejax.offload.slots import (
 
 @struct.dataclass(kw_only=True)
 class Work:
-    """One layer call, experts in processing order: cached, missing, late, unwanted."""
+    """One layer call, experts in processing order: cached, missing, late, unwanted.
+
+    Of the missing ones the first `num_moved` are fetched; the host computes the others (`host.py`).
+    """
 
     layer: jax.Array  # int32 []
     order: jax.Array  # int32 [E], expert ids
     wanted: jax.Array  # bool [E], by expert id
     late: jax.Array  # bool [E], by expert id: landed, and without a slot before the last wave
     num_cached: jax.Array  # int32 [], wanted and in the cache
-    num_missing: jax.Array  # int32 [], fetched by demand; at least 1 when any is late
+    num_missing: jax.Array  # int32 [], at least 1 when any is late
+    num_moved: jax.Array  # int32 [], of these, fetched by demand; all of them when any is late
     num_late: jax.Array  # int32 []
 
 
-def sort_experts(table: SlotTable, layer: jax.Array, wanted: jax.Array, landed: jax.Array) -> Work:
-    """Puts the experts of `layer` in processing order, ids ascend in each class.
+def sort_experts(
+    table: SlotTable, layer: jax.Array, wanted: jax.Array, landed: jax.Array, rows: jax.Array
+) -> Work:
+    """Puts the experts of `layer` in processing order: missing ones with most rows first, ids
+    ascend among equals and in the other classes. All missing ones are to be moved.
 
-    Args: `wanted` bool [E]; `landed` bool [E], in a landing buffer. One absent expert is missing
-    even if it has landed, since the slots are free for late ones only behind a wave that fetches;
-    and the last missing one keeps its slot.
+    Args: `wanted` bool [E]; `landed` bool [E], in a landing buffer; `rows` int32 [E]. One absent
+    expert is missing even if it has landed, since the slots are free for late ones only behind a
+    wave that fetches; and the last missing one keeps its slot.
     """
     absent = wanted & (layer_slot_of(table, layer, wanted.shape[0]) < 0)
     waiting = absent & landed
     room = jnp.minimum(jnp.sum(absent, dtype=jnp.int32), num_slots_of(table, layer)) - 1
     late = waiting & (jnp.cumsum(waiting, dtype=jnp.int32) <= room)
     rank = jnp.where(wanted, jnp.where(late, 2, absent.astype(jnp.int32)), 3)
+    num_missing = jnp.sum(rank == 1, dtype=jnp.int32)
+    most = jnp.max(rows) + 1
+    fewer = jnp.where(rank == 1, most - rows, 0)
     return Work(
         layer=layer,
-        order=jnp.argsort(rank, stable=True).astype(jnp.int32),
+        order=jnp.argsort(rank * (most + 1) + fewer, stable=True).astype(jnp.int32),
         wanted=wanted,
         late=late,
         num_cached=jnp.sum(rank == 0, dtype=jnp.int32),
-        num_missing=jnp.sum(rank == 1, dtype=jnp.int32),
+        num_missing=num_missing,
+        num_moved=num_missing,
         num_late=jnp.sum(late, dtype=jnp.int32),
     )
 
@@ -118,14 +129,14 @@ def plan_call(
 
 
 def run_missing(call: Call, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
-    """Fetches every missing expert and runs all waves but the last.
+    """Fetches every expert that is to be moved and runs all waves but the last.
 
     Returns the cache, with the last missing expert landed, and outputs shaped like `xs`. After
     this and before `run_last`, late experts enter the cache in place of any that are not
     `last_wave`, and what should travel behind the demand transfers is started.
-    Cost: `work.num_missing` transfers of one expert.
+    Cost: `work.num_moved` transfers of one expert.
     """
-    work, n = call.work, call.work.num_missing
+    work, n = call.work, call.work.num_moved
 
     def wave(i: jax.Array, carry):
         y, cache, landed = carry
@@ -171,8 +182,8 @@ def unpermute(call: Call, y: jax.Array) -> jax.Array:
 
 
 def _last_wave_bounds(work):
-    missing = work.num_cached + work.num_missing
-    return jnp.where(work.num_missing == 0, 0, missing - 1), missing + work.num_late
+    moved = work.num_cached + work.num_moved
+    return jnp.where(work.num_moved == 0, 0, moved - 1), moved + work.num_late
 
 
 def _compute(call, y, cache, first, last):

@@ -101,12 +101,18 @@ def make_engine(
     """Builds the two programs. Nothing is compiled before the first call.
 
     Args:
-        params, experts: see `split_experts`; with `offload` the experts live in `pinned_host`.
+        params, experts: see `split_experts`; with `offload` the experts live in `pinned_host`, in
+            `offload.column_parts` parts (`offload.columns`).
         capacity: positions of the KV cache; prompt and new tokens must fit.
         offload: slot cache and prefetch; None keeps all experts on the device.
         prediction: what to prefetch; wants `offload.prefetch_lanes > 0`.
     """
     lanes = offload.prefetch_lanes if offload else 0
+    held, parts = experts.w_gate.shape[1], offload.column_parts if offload else 1
+    check(
+        held == cfg.moe.num_experts * parts,
+        f"{held} experts per layer in {parts} column parts, the model has {cfg.moe.num_experts}",
+    )
     check(
         (prediction is None) == (lanes == 0),
         f"prefetch_lanes={lanes} and a prediction go together",

@@ -24,6 +24,7 @@ from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.layers.attention import KVCache
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import forward, init_cache
+from moejax.offload.columns import by_columns, score_columns
 from moejax.offload.prefetch import Scorer
 from moejax.offload.preload import preload
 from moejax.offload.stage import OffloadConfig, OffloadState, init_state, offloaded
@@ -180,7 +181,9 @@ class _Program:
     def _stage(self, experts: GatedWeights, scorer: Scorer | None) -> Stage:
         if self.offload is None:
             return stacked(experts, axis=AXIS)
-        return offloaded(experts, self.offload, scorer=scorer, axis=AXIS)
+        parts = self.offload.column_parts
+        scorer = score_columns(scorer, parts)
+        return by_columns(offloaded(experts, self.offload, scorer=scorer, axis=AXIS), parts)
 
     def _forward(self, params, stage, session, tokens, mask):
         state = _of_rank(session.offload)

@@ -107,3 +107,17 @@ def test_report_is_written_as_json(tmp_path):
     assert report["figures"]["prefetch_overlapped"] == 3
     assert not [name for name in report["figures"] if "second" in name or "time" in name]
     assert "prefetch_overlapped" in done.stdout
+
+
+def test_the_host_computes_misses_beside_device_and_link():
+    """One host call per layer, asynchronous, behind it the last wave and every prefetch."""
+    program = dataclasses.replace(SMALL, serve="host")
+    built = program.build(target_mesh("v5e:2x2", expert=1))
+    facts = compile_for(built.fn, built.abstract_args)
+    figures = collect(built, facts)
+    assert figures["host_computes"] == figures["host_computes_overlapped"] == 1
+    (host,) = facts.host_computes
+    fetches = facts.fetches(built.prefetch_scope)
+    assert len(fetches) == 6 and all(one.start < host.start for one in fetches)
+    assert all(one.done > host.done for one in fetches)
+    assert figures["demand_transfers"] == 0 and figures["holds"]

@@ -11,6 +11,8 @@ import pytest
 from moejax.core.errors import InputError
 from moejax.core.mesh import make_mesh
 from moejax.core.structs import Routing
+from moejax.costmodel.miss import MissCosts
+from moejax.costmodel.presched import LayerWork, serve_whole
 from moejax.experts.gated import init_experts
 from moejax.experts.stage import stacked
 from moejax.offload.prefetch import fetch
@@ -20,6 +22,7 @@ from moejax.offload.store import flatten, to_host
 from tests.exact import exact_jit
 
 L, E, D, F = 2, 8, 16, 12
+COSTS = MissCosts(fetch_s=3.0, host_read_s=1.0, host_row_s=0.7)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,14 @@ def random_calls(rng, calls, tokens, top_k, skew):
         yield i % L, idx
 
 
+def moved_by_plan(cfg, rows):
+    """Of missing experts with so many rows each, how many the link moves, by the cost model."""
+    if cfg.serve != "divide":
+        return len(rows) if cfg.serve == "fetch" else 0
+    host_s = np.maximum(COSTS.host_read_s, COSTS.host_row_s * np.sort(np.array(rows, float))[::-1])
+    return serve_whole(LayerWork(host_s=host_s, fetch_s=COSTS.fetch_s)).moved
+
+
 @pytest.mark.parametrize(
     "cfg, tokens",
     [
@@ -54,6 +65,9 @@ def random_calls(rng, calls, tokens, top_k, skew):
         (OffloadConfig(num_slots=1, quota="shared", policy="lfu"), 5),
         (OffloadConfig(num_slots=5, quota="shared", policy="random"), 3),
         (OffloadConfig(num_slots=L * E), 5),
+        (OffloadConfig(num_slots=6, serve="host"), 5),
+        (OffloadConfig(num_slots=4, serve="divide", costs=COSTS), 5),
+        (OffloadConfig(num_slots=3, quota="shared", serve="divide", costs=COSTS), 1),
     ],
 )
 def test_bits_and_counts(experts, cfg, tokens):
@@ -77,9 +91,13 @@ def test_bits_and_counts(experts, cfg, tokens):
         wanted = {layer * E + int(e) for e in idx.ravel() if e < E}
         assert int(counts.lookups) == len(wanted)
         assert int(counts.hits) == len(wanted & held)
-        assert int(counts.demand_fetches) == len(wanted - held)
-        assert int(counts.waves) == 1 + len(wanted - held)
+        moved = moved_by_plan(cfg, [idx[idx == g % E].size for g in wanted - held])
+        assert int(counts.demand_fetches) == moved
+        assert int(counts.host_computes) == len(wanted - held) - moved
+        assert int(counts.waves) == 1 + moved
         held = {int(g) for g in state.cache.table.granule_of if g >= 0}
+        if cfg.serve != "fetch":
+            continue
         # What was fetched is there, as far as the layer's slots go.
         slots = cfg.num_slots // L if cfg.quota == "layer" else cfg.num_slots
         assert len(wanted & held) >= min(len(wanted), slots) - (cfg.quota == "shared")

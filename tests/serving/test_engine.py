@@ -10,6 +10,7 @@ import pytest
 from moejax.core.errors import InputError
 from moejax.core.memory import memory_kinds
 from moejax.core.mesh import make_mesh
+from moejax.costmodel.miss import MissCosts
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import moe_decoder
 from moejax.models.decoder import forward, init_decoder
@@ -31,6 +32,8 @@ CFG = moe_decoder(
     moe=MoEConfig(d_ff=12, router=RouterConfig(num_experts=E, top_k=K), shared_d_ff=8),
 )
 LENGTHS = (6, 3, 1, 5)
+COSTS = MissCosts(fetch_s=2.0, host_read_s=1.0, host_row_s=0.5)
+DIVIDED = OffloadConfig(num_slots=6, serve="divide", costs=COSTS, prefetch_lanes=2)
 NEW_TOKENS = 7
 
 
@@ -109,6 +112,13 @@ def test_resident_engine_equals_greedy_full_forward(batch):
         (4, 2, OffloadConfig(num_slots=4), None),
         (4, 2, OffloadConfig(num_slots=4, prefetch_lanes=2), next_gate),
         (1, 4, OffloadConfig(num_slots=3, prefetch_lanes=2), history),
+        (4, 2, OffloadConfig(num_slots=4, serve="host"), None),
+        (
+            4,
+            1,
+            OffloadConfig(num_slots=6, serve="divide", costs=COSTS, prefetch_lanes=2),
+            next_gate,
+        ),
         (4, 2, None, None),
     ],
 )
@@ -116,7 +126,8 @@ def test_same_tokens_and_conserved_counts(batch, ranks, offload, make_prediction
     """Experts may be cached, prefetched or sharded over ranks: tokens do not change."""
     tokens, metrics = decode(batch, ranks=ranks, offload=offload, make_prediction=make_prediction)
     np.testing.assert_array_equal(tokens, resident(batch))
-    np.testing.assert_array_equal(metrics.lookups, metrics.hits + metrics.demand_fetches)
+    missing = metrics.demand_fetches + metrics.host_computes
+    np.testing.assert_array_equal(metrics.lookups, metrics.hits + missing)
     assert (metrics.prefetches_wasted <= metrics.prefetches).all()
     load = metrics.expert_load.sum(-1)
     assert load[0] == sum(LENGTHS[:batch]) * K * L and (load[1:] == batch * K * L).all()

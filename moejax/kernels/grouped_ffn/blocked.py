@@ -60,6 +60,7 @@ def run_chunks(
     end: jax.Array | int,
     *,
     sizes: tuple[int, ...],
+    portable: bool = False,
 ) -> jax.Array:
     """Computes chunks `[begin, end)` of `plan` into `y`. Forward only.
 
@@ -70,10 +71,11 @@ def run_chunks(
     float32.
 
     A chunk writes S rows; those that are not its own hold rubbish until the next chunk, so chunks
-    must be run in order, and `zero_tail` called after the last chunk of all. Cost: each chunk
+    must be run in order, and `zero_tail` called after the last chunk of all. `portable` keeps to
+    what every compiler takes, also where few rows run faster on CPU. Cost: each chunk
     reads its expert once, 3 * D * F weights, and does 6 * D * F operations per row of its size.
     """
-    (y,) = _run_chunks((y,), xs, weights, group_rows, plan, begin, end, sizes)
+    (y,) = _run_chunks((y,), xs, weights, group_rows, plan, begin, end, sizes, portable)
     return y
 
 
@@ -115,13 +117,13 @@ def _forward(xs, weights, group_sizes, group_rows, sizes, *, keep):
     return zero_tail(y, jnp.sum(group_sizes), sizes=sizes)[:num_rows], kept
 
 
-def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes):
+def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes, portable=False):
     """`out` is (y,) or (y, gate, up), each [M + S, *]."""
     bits = tuple(to_bits(o) for o in out)
     by_chunk = partial(_by_chunk, sizes=sizes)
     operands = (bits, xs, weights, group_rows, plan, begin, end)
     with jax.named_scope("grouped_ffn"):
-        if xs.shape[0] - sizes[-1] <= MAX_ROWS:
+        if xs.shape[0] - sizes[-1] <= MAX_ROWS and not portable:
             bits = lax.platform_dependent(*operands, cpu=run_rows, default=by_chunk)
         else:
             bits = by_chunk(*operands)
