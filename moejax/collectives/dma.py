@@ -29,7 +29,7 @@ from moejax.collectives.plan import Message, Plan, make_plan
 from moejax.collectives.schedule import Schedule
 from moejax.core.errors import check
 
-Interpret = bool | pltpu.InterpretParams
+Interpret = bool | pltpu.InterpretParams | None
 LOGICAL = pl.DeviceIdType.LOGICAL
 LANES, MOST_BYTES = 128, 12 * 2**20  # of vector memory, of 16 MiB that a kernel gets by default
 COMBINE = {"add": jnp.add, "max": jnp.maximum, "xor": jnp.bitwise_xor}
@@ -53,7 +53,7 @@ def run_by_dma(
     x: jax.Array,
     *,
     collective_id: int = 0,
-    interpret: Interpret = False,
+    interpret: Interpret = None,
 ) -> jax.Array:
     """Executes the schedule on chunks x [C, n], as `run_schedule` does; inside `shard_map`.
 
@@ -63,15 +63,14 @@ def run_by_dma(
         schedule: without codecs.
         x: n a multiple of 128.
         collective_id: different for kernels that run at the same time.
-        interpret: runs on CPU devices, by Pallas's interpreter; so does what is traced under
-            `pltpu.force_tpu_interpret_mode`.
+        interpret: by Pallas's interpreter, with these parameters; None: on CPU devices only.
 
     Raises `InputError` for what it does not take, such as more values than 12 MiB.
     """
     plan = _check_fits(schedule, x)
 
     def run(x):
-        return _run(schedule, plan, x, collective_id, interpret)
+        return _run(schedule, plan, x, collective_id, interpreter(interpret))
 
     @jax.custom_vjp
     def call(x):
@@ -82,6 +81,16 @@ def run_by_dma(
 
     call.defvjp(lambda x: (run(x), x), backward)
     return call(x)
+
+
+def interpreter(interpret: Interpret) -> bool | pltpu.InterpretParams:
+    """What `pallas_call` is told. Refuses meshes of neither TPUs nor CPU devices."""
+    if interpret is not None:
+        return interpret
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    check(platform in ("tpu", "cpu"), f"remote DMA wants TPUs, this is a mesh of {platform}")
+    return pltpu.InterpretParams() if platform == "cpu" else False
 
 
 def group_devices(axes: tuple[str, ...]) -> jax.Array:

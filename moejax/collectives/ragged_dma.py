@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax.collectives.dma import LANES, LOGICAL, Interpret, group_devices, meet
+from moejax.collectives.dma import LANES, LOGICAL, Interpret, group_devices, interpreter, meet
 from moejax.core.errors import check
 
 Sizes = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -33,7 +33,7 @@ def ragged_all_to_all_dma(
     *,
     axis_name: str | tuple[str, ...],
     collective_id: int = 1,
-    interpret: Interpret = False,
+    interpret: Interpret = None,
 ) -> jax.Array:
     """`output` [T', D] with the rows that ranks send each other; inside `shard_map`.
 
@@ -43,14 +43,14 @@ def ragged_all_to_all_dma(
         output_offsets: int32 [R], where they go in that rank's output.
         recv_sizes: int32 [R], of the rows from each rank.
         collective_id: different for kernels that run at the same time.
-        interpret: runs on CPU devices, by Pallas's interpreter.
+        interpret: by Pallas's interpreter, with these parameters; None: on CPU devices only.
 
     Offsets and sizes must fit: nothing is checked at run time. Cost: the rows that are sent.
     """
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name
     _check_fits(operand, output, (input_offsets, send_sizes, output_offsets, recv_sizes), axes)
 
-    run = functools.partial(_run, axes, collective_id, interpret)
+    run = functools.partial(_run, axes, collective_id, interpreter(interpret))
 
     @jax.custom_vjp
     def call(operand, output, sizes):

@@ -5,6 +5,8 @@ import inspect
 import math
 from typing import Any, get_args
 
+import jax
+
 from moejax.core.errors import check
 from moejax.costmodel.hierarchy import Level, candidate_levels
 from moejax.dispatch.api import STRATEGIES, TOKEN_CHOICE, make_dispatch
@@ -23,8 +25,8 @@ class DispatchConfig:
         capacity_factor: of the strategies that have a capacity.
         num_chunks: of tokens; see `pipelined`.
         fall_back: repeat a layer by `gather` where any rank dropped anything.
-        lowering: of the collectives, by name; None is the strategy's own choice. `dma` wants TPUs,
-            `multicast` GPUs whose switch can.
+        lowering: of the collectives, by name; None is the strategy's own choice. `dma` is for TPUs,
+            `multicast` for GPUs of one switch.
     """
 
     strategy: str = "gather"
@@ -74,6 +76,11 @@ class DispatchConfig:
 
     def stage(self, num_experts: int, gate: str, token_axes: tuple[str, ...]) -> Stage:
         """The stage for use inside `shard_map`; raises `InputError` for an invalid gate."""
+        backend = jax.default_backend()
+        check(
+            self.lowering != "multicast" or backend == "gpu",
+            f"lowering={self.lowering!r} wants GPUs, this is {backend}",
+        )
         names = inspect.signature(STRATEGIES[self.strategy].build).parameters
         options: dict[str, Any] = {"token_axes": token_axes}
         if "levels" in names:

@@ -2,7 +2,7 @@
 
 `native` is the compiler's own. `shifted` is R - 1 permutes that wait for nothing but their data,
 `dma` the same schedule as one TPU kernel of remote DMA, for short messages (`moejax.collectives`).
-CPU devices run that one under Pallas's `force_tpu_interpret_mode` only.
+CPU devices interpret that kernel.
 
 Axis letters:
     R  ranks on the axis

@@ -61,7 +61,7 @@ def ragged(
             R * T * min(K, E / R). A full buffer drops, and counts, the last experts of the last
             senders.
         lowering: `auto` takes the emulation on CPU and the native collective elsewhere; `dma` is
-            one TPU kernel (`moejax.collectives.ragged_dma`).
+            one TPU kernel (`moejax.collectives.ragged_dma`), interpreted on CPU.
 
     Cost: two ragged all-to-alls of N * D words, an all-gather of R * E counts.
     """

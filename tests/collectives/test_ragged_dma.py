@@ -72,14 +72,14 @@ def test_compiles_for_tpu(target):
     sharding = NamedSharding(mesh, spec)
     rows = jax.ShapeDtypeStruct((8 * 512, 2048), jnp.bfloat16, sharding=sharding)
     table = jax.ShapeDtypeStruct((8, 8), jnp.int32, sharding=sharding)
-    run = jax.shard_map(_exchange(False), mesh=mesh, in_specs=(spec,) * 6, out_specs=spec)
+    run = jax.shard_map(_exchange(None), mesh=mesh, in_specs=(spec,) * 6, out_specs=spec)
     found = compile_for(run, [rows, rows, *[table] * 4], donate_argnums=1)
     assert found.collectives == () and found.memory.device_temporaries < 2**20
 
 
 def test_what_does_not_fit_is_refused():
     mesh, spec = make_mesh(expert=R), P("expert")
-    run = jax.shard_map(_exchange(False), mesh=mesh, in_specs=(spec,) * 6, out_specs=spec)
+    run = jax.shard_map(_exchange(None), mesh=mesh, in_specs=(spec,) * 6, out_specs=spec)
     table = jnp.zeros((R, R), jnp.int32)
     with pytest.raises(InputError, match=r"multiple of 128 elements want .* \(8, 100\)"):
         jax.eval_shape(run, jnp.zeros((32, 100)), jnp.zeros((32, 100)), *[table] * 4)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,8 +48,7 @@ def test_by_dma_it_equals_the_reference():
     """The kernels run one after the other: several of a layer may share an id."""
     where = layout(2, 4)
     run = compiled(make(where, capacity=FITS_ALL, inner=reference, lowering="dma"), where)
-    with pltpu.force_tpu_interpret_mode():
-        check_exact(run, routings()["uniform"])
+    check_exact(run, routings()["uniform"])
 
 
 @pytest.mark.full

@@ -26,7 +26,7 @@ def test_levels_are_all_axes_unless_told_otherwise():
 @pytest.mark.parametrize(
     "strategy, lowering",
     [
-        ("gather", "multicast"),
+        ("gather", "native"),
         ("all_to_all", "dma"),
         ("hierarchical", "shifted"),
         ("ragged", "dma"),
@@ -53,6 +53,8 @@ def test_what_cannot_be_is_refused():
         DispatchConfig().stage(8, "soft", AXES)
     with pytest.raises(InputError, match="'gather' drops nothing, it needs no fall_back"):
         DispatchConfig(fall_back=True)
+    with pytest.raises(InputError, match="lowering='multicast' wants GPUs, this is cpu"):
+        DispatchConfig(lowering="multicast").stage(8, "top_k", AXES)
     with pytest.raises(InputError, match="strategy='slots' is not one of"):
         DispatchConfig(strategy="slots")  # its gates are not causal
     with pytest.raises(InputError, match="num_levels=1 is of hierarchical, not of 'gather'"):
