@@ -6,22 +6,18 @@ The newest checkpoint must be whole and equal that of the unkilled run.
 """
 
 import contextlib
-import functools
 import pickle
-import signal
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.fault_steps.moments import STEPS, draw_moments, run_moment, start
+from experiments.fault_steps.problem import START, three, train_step, unkilled
 from moejax.core.errors import InputError
 from moejax.elastic.alive import AXIS, hand_over, run_alive
-from moejax.elastic.saves import latest_state, open_alone
 from moejax.elastic.watchdog import EXIT_STUCK
-from tests.elastic.faults import draw_moments, start
-from tests.elastic.problem import START, train_step
 
 
 class Scripted:
@@ -100,20 +96,8 @@ def test_the_problem_is_a_function_of_the_batch_only():
     np.testing.assert_allclose(two["w"], three["w"], rtol=1e-6)
 
 
-STEPS, LONG = 8, 60  # long enough to be started again in
 MOMENTS = draw_moments(0)
 DEFAULT = [MOMENTS[0], MOMENTS[6]]  # in a step, and the coordinator in a save
-
-
-@functools.cache
-def unkilled(steps):
-    """The state after every step of a run without faults."""
-    states = [START]
-    run_alive(
-        jax.devices(), START, train_step, steps,
-        live=Scripted([3]), completed=lambda step, state: states.append(state),
-    )  # fmt: skip
-    return states
 
 
 def _assert_same(got, want):
@@ -121,49 +105,27 @@ def _assert_same(got, want):
         np.testing.assert_allclose(got[name], leaf, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def _newest(folder):
-    """The newest checkpoint, with its step."""
-    with open_alone(folder / "0.saves") as saves:
-        return latest_state(saves, START)
-
-
 @pytest.mark.parametrize(
     "moment, victim",
     [pytest.param(*one, marks=[] if one in DEFAULT else [pytest.mark.full]) for one in MOMENTS],
 )
 def test_a_process_dies(tmp_path, moment, victim):
-    rejoins = moment == "rejoin"
-    first = {"rejoin": "in:2"}.get(moment, moment)
-    steps, pause = (LONG, 0.5) if rejoins else (STEPS, 0.0)
-    children, start_again = start(tmp_path, steps, pause, {victim: first})
-    assert children[victim].wait(120) == -signal.SIGKILL
-    died = time.monotonic()
-    if rejoins:
-        again = start_again(victim, moment)
-        assert again.wait(120) == -signal.SIGKILL, again.communicate()[0]
-    outputs = {i: children[i].communicate(timeout=240)[0] for i in range(3) if i != victim}
-    lasted = time.monotonic() - died
-    step, state = _newest(tmp_path)
-    want = unkilled(steps)
-    _assert_same(state, want[step])
-    if victim == 0:
-        for index, output in outputs.items():
-            assert children[index].returncode not in (0, EXIT_STUCK), output
+    found = run_moment(tmp_path, moment, victim)
+    want, (step, saved) = unkilled(found.steps), found.saved
+    _assert_same(saved, want[step])
+    for index, output in found.outputs.items():
+        if victim == 0:
+            assert found.codes[index] not in (0, EXIT_STUCK), output
             assert "coordination service" in output.lower(), output
-            assert lasted < 30, lasted
-        # From the newest checkpoint on the run ends as it would have.
-        two = Scripted([2])
-        last = run_alive(jax.devices(), state, train_step, STEPS, first_step=step, live=two)
-        _assert_same(last, want[STEPS])
-        return
-    for index, output in outputs.items():
-        assert children[index].returncode == 0, output
-        result = pickle.loads((tmp_path / str(index)).read_bytes())
-        _assert_same(result["state"], want[steps])
-        last = result["events"][-1]
+            continue
+        assert found.codes[index] == 0, output
+        _assert_same(found.results[index]["state"], want[-1])
+        last = found.results[index]["events"][-1]
         assert last.kind == "members" and last.detail == "2 devices", output
-        # No step takes longer than it takes to notice, and to start again.
-        assert max(result["seconds"][1:]) < 20, result["seconds"]
+    if victim == 0:
+        # From the newest checkpoint on the run ends as it would have.
+        last = run_alive(jax.devices(), saved, train_step, STEPS, first_step=step, live=three)
+        _assert_same(last, want[-1])
 
 
 @pytest.mark.full

@@ -1,5 +1,6 @@
 """A regression whose step is a function of the global batch, whatever the mesh."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.elastic.alive import AXIS
+from moejax.elastic.alive import AXIS, run_alive
 
 BATCH, DIM = 12, 4
 START = {"w": np.zeros(DIM, np.float32), "momentum": np.zeros(DIM, np.float32),
@@ -18,7 +19,9 @@ START = {"w": np.zeros(DIM, np.float32), "momentum": np.zeros(DIM, np.float32),
 def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(step)
     x = rng.standard_normal((BATCH, DIM)).astype(np.float32)
-    return x, x @ np.float32([1, -2, 3, 0.5]) + 0.1 * rng.standard_normal(BATCH).astype(np.float32)
+    return x, x @ np.array([1, -2, 3, 0.5], np.float32) + 0.1 * rng.standard_normal(BATCH).astype(
+        np.float32
+    )
 
 
 @functools.cache
@@ -47,3 +50,25 @@ def train_step(mesh: Mesh, state: dict, step: int) -> dict:
     old = {name: place(np.asarray(leaf), everywhere) for name, leaf in state.items()}
     new = _update_on(mesh)(old, x, y)
     return {name: np.asarray(leaf.addressable_data(0)) for name, leaf in new.items()}
+
+
+@contextlib.contextmanager
+def three(devices):
+    """Stands for `live_devices` where three devices of this process are always alive."""
+    yield devices[:3]
+
+
+@functools.cache
+def unkilled(steps: int) -> list[dict]:
+    """The state after every step of a run without faults, in this process."""
+    states = [START]
+    run_alive(
+        jax.devices(), START, train_step, steps,
+        live=three, completed=lambda step, state: states.append(state),
+    )  # fmt: skip
+    return states
+
+
+def difference(got: dict, want: dict) -> float:
+    """The largest, of weights, momentum and loss."""
+    return max(float(np.abs(got[name] - want[name]).max()) for name in want)

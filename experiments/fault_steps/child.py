@@ -1,6 +1,6 @@
 """One of three processes of an elastic run, which may be told to die.
 
-    python -m tests.elastic.processes_child PORT INDEX FILE STEPS PAUSE MOMENT
+    python -m experiments.fault_steps.child PORT INDEX FILE STEPS PAUSE MOMENT
 
 MOMENT is `never`, `start` (joined, no step taken), `in:N` (in step N, before its collective),
 `after:N` (step N done here, the others may not know), `save:N` (while checkpoint N is written),
@@ -23,13 +23,14 @@ os.environ["XLA_FLAGS"] = (
 
 import jax  # noqa: E402
 
+from experiments.fault_steps.problem import START, train_step  # noqa: E402
 from moejax.elastic.alive import run_alive  # noqa: E402
 from moejax.elastic.saves import open_alone, save_state  # noqa: E402
 from moejax.elastic.watchdog import Watchdog  # noqa: E402
-from tests.elastic.problem import START, train_step  # noqa: E402
 
 SAVE_EVERY = 2
-STUCK_S = 8.0
+# Of the one that hangs. The others must not be taken for stuck, however slow the machine.
+STUCK_S, PATIENT_S = 8.0, 60.0
 
 
 def kill():
@@ -77,7 +78,8 @@ def main(port, index, file, steps, pause, moment):
     if moment == "start":
         kill()
     alone = open_alone(f"{file}.saves") if index == "0" else contextlib.nullcontext()
-    with alone as saves, Watchdog(STUCK_S) as watchdog:
+    limit = STUCK_S if moment.startswith("hang") else PATIENT_S
+    with alone as saves, Watchdog(limit) as watchdog:
         child = Child(float(pause), moment, saves)
         state = run_alive(
             devices,
