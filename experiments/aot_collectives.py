@@ -5,7 +5,7 @@
 
 Compiles each builder's schedule for 2 x 4 devices and reads its permutes back from the program; and
 an all-reduce over two slices, plain and with int8 codes over the slow axis, of which it reads what
-leaves a slice. The rung is *schedule*: bytes, never a time.
+leaves a slice; for H100s also the multicast kernels. The rung is *schedule*: bytes, never a time.
 """
 
 from typing import Any
@@ -33,6 +33,7 @@ from moejax.collectives.compose import with_codec
 from moejax.collectives.flat import all_reduce
 from moejax.collectives.inspect import cross_slice_bytes, inspect_collectives
 from moejax.collectives.lower import run_schedule
+from moejax.collectives.multicast import multicast_all_gather, multicast_reduce_scatter
 from moejax.collectives.schedule import Schedule
 from moejax.collectives.traffic import traffic
 from moejax.core.errors import check
@@ -98,6 +99,24 @@ def int8_sum() -> dict[str, Any]:
     return {"relative_error": float(error), "ranks_identical": bool((got == got[0]).all())}
 
 
+def multicast_kernels() -> dict[str, dict[str, int]]:
+    """Kernels, and collectives of the compiler, in a gather and a scatter of rows between H100s."""
+    mesh, spec, found = make_mesh(expert=8), P("expert"), {}
+    run = jax.shard_map(
+        lambda x: multicast_reduce_scatter(multicast_all_gather(x, ("expert",)), ("expert",)),
+        mesh=mesh, in_specs=spec, out_specs=spec,
+    )  # fmt: skip
+    for dtype in (jnp.bfloat16, jnp.float32):
+        shape, sharding = (8 * 512, 2048), NamedSharding(mesh, spec)
+        module = compile_for_h100(run, [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)])
+        targets = [one.target for _, _, one in module.instructions()]
+        found[jnp.dtype(dtype).name] = {
+            "kernels": targets.count("mosaic_gpu_v2"),
+            "collectives": len(inspect_collectives(module, mesh).flights),
+        }
+    return found
+
+
 def main() -> None:
     cli.check_writable(cli.JSON.value)
     for name in TARGETS.value:
@@ -134,6 +153,8 @@ def main() -> None:
         "cross_slice_reduction": reduction,
         **int8_sum(),
     }
+    if H100 in TARGETS.value:
+        figures["multicast"] = multicast_kernels()
     cli.write_report("aot_collectives", "schedule", figures, device="compiled for, not run")
 
 
