@@ -84,7 +84,7 @@ def about_experts() -> dict[str, str]:
         return {}
     return {
         "experts_dtype": EXPERTS.value,
-        "outputs": f"of experts in {EXPERTS.value}, not of the full weights",
+        "outputs": f"lossy: of experts in {EXPERTS.value}, not of the full weights",
     }
 
 

@@ -90,7 +90,7 @@ def _optional(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 
 def _template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
@@ -99,7 +99,8 @@ def _template(folder: pathlib.Path, config: dict[str, Any]) -> str | None:
         return (folder / "chat_template.jinja").read_text()
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
+        known = [one for one in template if isinstance(one, dict)]
+        named = {one.get("name"): one.get("template") for one in known}
         template = named.get("default")
     check(
         template is None or isinstance(template, str),
@@ -113,7 +114,10 @@ def _stop_tokens(folder: pathlib.Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         ids = _optional(folder / name).get("eos_token_id")
         if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
+            ids = ids if isinstance(ids, list) else [ids]
+            good = all(type(token) is int for token in ids)
+            check(good, f"{folder / name}: eos_token_id {json.dumps(ids)[:60]} are no tokens")
+            return frozenset(ids)
     return frozenset()
 
 

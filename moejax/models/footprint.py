@@ -7,6 +7,7 @@ Axis letters:
 import jax
 from jax.sharding import Mesh
 
+from moejax.core.errors import check
 from moejax.core.memory import nbytes
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.models.config import DecoderConfig
@@ -76,6 +77,8 @@ def plan_offload(
     """
     if budget is None:
         return None
+    own = cfg.moe.num_experts // mesh.shape["expert"]
+    check(lanes <= own, f"{lanes} prefetch lanes exceed the {own} experts of a layer and rank")
     wants = footprint(
         cfg,
         params,

@@ -84,7 +84,7 @@ def test_quantised_experts_give_the_same_tokens_resident_and_offloaded(model, tm
     resident, offloaded = figures
     assert resident["tokens"] == offloaded["tokens"] and offloaded["hit_rate"] < 1
     for one in figures:
-        assert one["outputs"] == "of experts in int8, not of the full weights"
+        assert one["outputs"] == "lossy: of experts in int8, not of the full weights"
     # A byte per weight, and a scale per column: 24 of w_gate and w_up, 32 of w_down.
     expert = 3 * 32 * 24 + 4 * (24 + 24 + 32)
     fetched = 2 * 7 * offloaded["bytes_per_token"] / expert  # by two sequences in 7 steps
@@ -196,3 +196,19 @@ def test_padding_is_on_the_right():
         pad([[1], []], vocab_size=5)
     with pytest.raises(InputError, match="token 7 of a prompt exceeds"):
         pad([[7]], vocab_size=5)
+
+
+def test_damaged_folders_of_tokenizers(tmp_path):
+    cases = [
+        ("generation_config.json", {"eos_token_id": [1, "x"]}, "eos_token_id .* are no tokens"),
+        ("generation_config.json", {"eos_token_id": {"a": 1}}, "eos_token_id .* are no tokens"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template 5 is no text"),
+    ]
+    for name, values, message in cases:
+        (tmp_path / name).write_text(json.dumps(values))
+        with pytest.raises(InputError, match=message):
+            read_text(tmp_path, 256)
+        (tmp_path / name).unlink()
+    odd = {"chat_template": [{"name": "default"}, 7], "eos_token": {"id": 1}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(odd))
+    assert read_text(tmp_path, 256).template is None

@@ -46,6 +46,8 @@ def test_a_budget_becomes_slots():
     assert plan(None) is None and plan(1.0).num_slots == 7 and plan(10**9).num_slots == 8
     with pytest.raises(InputError, match="the minimum is 2 slots"):
         plan(0.1)
+    with pytest.raises(InputError, match="5 prefetch lanes exceed the 4 experts of a layer"):
+        plan_offload(0.5, CFG, dense, experts, make_mesh(), batch=1, capacity=4, lanes=5)
     fixed = footprint(CFG, dense, experts, ranks=1, batch=1, capacity=4).fixed_bytes
     three = fixed + 3 * 3 * 8 * 6 * 4
     assert plan(three).num_slots == plan(three + 7, predictor=7).num_slots == 3

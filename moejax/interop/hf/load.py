@@ -213,12 +213,12 @@ def abstract_model(
 
 def _fill(target: Any, plan: list[Piece], tensors: dict[str, Tensor], where: str, progress):
     """The arrays of `target`, filled by the pieces of `plan`."""
+    for piece in plan:  # before room is made for sizes that the tensors do not have
+        check_size(piece, tensors[piece.name].shape, where)
     buffers = {name: make_buffers(name, leaf) for name, leaf in leaves_of(target).items()}
     total, done, with_nan = nbytes(target), 0, []
     for piece in plan:
-        tensor = tensors[piece.name]
-        check_size(piece, tensor.shape, where)
-        count, is_nan = _put(piece, tensor, buffers)
+        count, is_nan = _put(piece, tensors[piece.name], buffers)
         done += count
         if is_nan:
             with_nan.append(piece.name)

@@ -41,6 +41,8 @@ def unpacked(stored: dict[str, Stored], quantization: dict[str, Any] | None) -> 
     `quantization` is the checkpoint's `quantization_config`. Raises `InputError` for a method that
     is neither fp8 with blocks nor mxfp4, and for values without their scales.
     """
+    wrong = f"config.json: quantization_config={quantization!r} is not an object"
+    check(isinstance(quantization, dict | None), wrong)
     method = (quantization or {}).get("quant_method")
     if method is None:
         return {name: plain(name, tensor) for name, tensor in stored.items()}

@@ -45,9 +45,17 @@ def read_rope(fields: Fields, head_dim: int) -> RopeConfig:
 
 
 def rope_fields(fields: Fields) -> Fields:
-    """`rope_parameters`, or the older `rope_scaling`."""
+    """`rope_parameters`, or the older `rope_scaling`; `InputError` where they contradict."""
     values = fields.get("rope_parameters", "rope_scaling", default={})
-    check(isinstance(values, dict), f"config.json: rope parameters {values!r} are not an object")
+    older = fields.get("rope_scaling", default={})
+    for one in (values, older):
+        check(isinstance(one, dict), f"config.json: rope parameters {one!r} are not an object")
+    for name in older.keys() & values.keys():
+        check(
+            older[name] == values[name],
+            f"config.json: {name}={values[name]!r} of rope_parameters is {older[name]!r} "
+            "in rope_scaling",
+        )
     return Fields(values)
 
 

@@ -72,6 +72,8 @@ def _open_indexed(folder: pathlib.Path) -> dict[str, Stored]:
     names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict):
         raise InputError(f"{folder / INDEX} has no weight_map")
+    wrong = next((file for file in names.values() if not isinstance(file, str)), None)
+    check(wrong is None, f"{folder / INDEX} names {wrong!r}, which is no file")
     files = sorted(set(names.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     check(
@@ -119,6 +121,7 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
             header = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} has a damaged header: {error}") from error
+    check(isinstance(header, dict), f"{path} has a damaged header: it is not a JSON object")
     header.pop("__metadata__", None)
     return {name: _parse(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
@@ -129,10 +132,12 @@ def _parse(path: pathlib.Path, name: str, entry: Any, start: int, size: int) -> 
         begin, end = entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path}: {name} has a damaged header entry {entry!r}") from error
+    sizes = all(type(size) is int and size >= 0 for size in (*shape, begin, end))
+    check(sizes and isinstance(kind, str), f"{path}: {name} has a damaged header entry {entry!r}")
     check(kind in DTYPES, f"{path}: {name} has dtype {kind}, known are {', '.join(DTYPES)}")
     stored = Stored(file=path, dtype=DTYPES[kind], shape=shape, offset=start + begin)
     check(
-        begin >= 0 and stored.nbytes == end - begin,
+        stored.nbytes == end - begin,
         f"{path}: {name} is {kind}{list(shape)}, which is {stored.nbytes} bytes and not "
         f"{end - begin}",
     )

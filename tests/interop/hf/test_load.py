@@ -176,6 +176,8 @@ def test_weights_that_are_no_numbers_are_named(folder):
         (dict(vocab_size=65), r"embed_tokens.weight has shape \[64, 32\], which does not hold"),
         (dict(num_local_experts=9), r"lacks 6 tensors of the model: .*experts.8.down_proj"),
         (dict(num_hidden_layers=2), r"has 33 tensors too many: model.layers.2"),
+        (dict(hidden_size=10**12), r"has shape \[64, 32\], which does not hold"),
+        (dict(quantization_config="fp8"), "quantization_config='fp8' is not an object"),
         (dict(quantization_config=dict(quant_method="awq")), "method 'awq' is not supported"),
     ],
 )

@@ -79,3 +79,11 @@ def test_scores_of_latent_attention_carry_the_magnitude_twice():
 def test_an_unknown_scaling_is_refused():
     with pytest.raises(InputError, match="rope scaling 'ntk' is not supported, only linear, yarn"):
         read_rope(Fields(dict(rope_parameters=dict(rope_type="ntk"))), DIM)
+
+
+def test_two_spellings_must_agree():
+    both = dict(rope_parameters=YARN, rope_scaling={"factor": YARN["factor"]})
+    assert read_rope(Fields(both | dict(max_position_embeddings=LONG)), DIM).divisors
+    both["rope_scaling"] = {"rope_type": "ntk"}
+    with pytest.raises(InputError, match="rope_type='yarn' of rope_parameters is 'ntk' in rope_sc"):
+        read_rope(Fields(both), DIM)

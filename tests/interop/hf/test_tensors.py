@@ -126,6 +126,31 @@ def damaged_entry(folder):
     return "w has a damaged header entry"
 
 
+def negative_shape(folder):
+    entry(folder, shape=[-1, -2])
+    return "w has a damaged header entry"
+
+
+def dtype_of_another_type(folder):
+    entry(folder, dtype=["F32"])
+    return "w has a damaged header entry"
+
+
+def offsets_of_another_type(folder):
+    entry(folder, data_offsets=["0", 8])
+    return "w has a damaged header entry"
+
+
+def header_of_another_type(folder):
+    (folder / SINGLE).write_bytes((2).to_bytes(8, "little") + b"[]")
+    return "damaged header: it is not a JSON object"
+
+
+def index_of_another_type(folder):
+    (folder / INDEX).write_text('{"weight_map": {"a": 5}}')
+    return "index.json names 5, which is no file"
+
+
 def pickle(folder):
     (folder / "pytorch_model.bin").write_bytes(b"")
     return "pytorch_model.bin is a pickle, which is never loaded"
@@ -148,6 +173,11 @@ def nothing(folder):
         unknown_dtype,
         wrong_length,
         damaged_entry,
+        negative_shape,
+        dtype_of_another_type,
+        offsets_of_another_type,
+        header_of_another_type,
+        index_of_another_type,
         pickle,
         nothing,
     ],
