@@ -1,0 +1,1 @@
+"""Parts of the offloading benchmarks: policies, costs, arms, report."""

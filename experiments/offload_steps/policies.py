@@ -1,0 +1,110 @@
+"""Ways to serve a model from host memory that the benchmark compares, by name."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal, get_args
+
+from moejax.core.errors import InputError, check
+from moejax.costmodel.miss import MissCosts
+from moejax.offload.misses import Serve
+from moejax.offload.stage import OffloadConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What happens to misses and to the cache; an `OffloadConfig` without the machine.
+
+    Attributes:
+        keep: `static` fills the cache with the most used experts once; else what is evicted.
+        share: of the slots that the budget buys; the rest stays empty. 0 leaves one per layer.
+        lanes: experts that the next layer's own gate makes the link fetch ahead.
+    """
+
+    name: str
+    serve: Serve = "fetch"
+    keep: Literal["lru", "lfu", "static"] = "lru"
+    share: float = 1.0
+    lanes: int = 0
+    column_parts: int = 1
+
+    def __post_init__(self):
+        for field, known in (("serve", get_args(Serve)), ("keep", ("lru", "lfu", "static"))):
+            value = getattr(self, field)
+            check(value in known, f"{field}={value!r} is not one of {', '.join(known)}")
+        check(0 <= self.share <= 1, f"share={self.share} is not between 0 and 1")
+        for field, least in (("lanes", 0), ("column_parts", 1)):
+            value = getattr(self, field)
+            check(value >= least, f"{field}={value} must be at least {least}")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether outputs are those of resident experts to the bit, on CPU."""
+        return self.column_parts == 1
+
+    def config(self, slots: int, num_layers: int, costs: MissCosts) -> OffloadConfig:
+        """The stage's config with `slots` whole experts on the device, landing ones included.
+
+        `costs` are those of a whole expert.
+        """
+        parts = self.column_parts
+        kept = max(num_layers, int(self.share * slots) * parts - self.lanes)
+        divides = self.serve == "divide"
+        return OffloadConfig(
+            num_slots=kept,
+            policy="lru" if self.keep == "static" else self.keep,
+            prefetch_lanes=self.lanes,
+            serve=self.serve,
+            costs=part_costs(costs, parts) if divides else None,
+            column_parts=parts,
+        )
+
+
+def part_costs(costs: MissCosts, parts: int) -> MissCosts:
+    """Costs of one of `parts` column parts of an expert."""
+    return MissCosts(**{k: seconds / parts for k, seconds in dataclasses.asdict(costs).items()})
+
+
+POLICIES: dict[str, Policy] = {
+    one.name: one
+    for one in (
+        Policy(name="on_demand", share=0.0),
+        Policy(name="lru"),
+        Policy(name="lfu", keep="lfu"),
+        Policy(name="next_gate", lanes=4),
+        Policy(name="all_host", serve="host", share=0.0),
+        Policy(name="static_hot", serve="host", keep="static"),
+        Policy(name="divide", serve="divide", keep="lfu"),
+        Policy(name="divide+next_gate", serve="divide", keep="lfu", lanes=4),
+        Policy(name="columns", serve="divide", keep="lfu", column_parts=4),
+    )
+}
+
+
+def get_policies(names: list[str]) -> list[Policy]:
+    """The policies called so, in that order; `InputError` that lists the known ones."""
+    unknown = [name for name in names if name not in POLICIES]
+    known = ", ".join(POLICIES)
+    check(not unknown, f"policy {', '.join(map(repr, unknown))} is not one of {known}")
+    check(bool(names), f"--policy= names none of {known}")
+    return [POLICIES[name] for name in dict.fromkeys(names)]
+
+
+def plan_json(policy: Policy, costs: MissCosts, about: dict[str, Any]) -> str:
+    """A policy that was chosen for a machine, as `read_plan` reads it."""
+    fields = {"policy": dataclasses.asdict(policy), "costs": dataclasses.asdict(costs)}
+    return json.dumps({"format": "moejax.offload_plan", "version": 1, **fields, "about": about})
+
+
+def read_plan(path: str) -> tuple[Policy, MissCosts]:
+    """What `plan_json` wrote; `InputError` with the file and the reason for anything else."""
+    try:
+        plan = json.loads(pathlib.Path(path).read_text())
+        ours = isinstance(plan, dict) and plan.get("format") == "moejax.offload_plan"
+        if not ours:
+            raise InputError("not a plan that --autotune saved")
+        return Policy(**plan["policy"]), MissCosts(**plan["costs"])
+    except OSError as error:
+        raise InputError(f"--plan={path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, InputError) as error:
+        raise InputError(f"--plan={path}: {error}") from error
