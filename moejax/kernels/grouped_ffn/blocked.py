@@ -29,6 +29,7 @@ from moejax.kernels.chunks import (
     zero_tail,
 )
 from moejax.kernels.few_rows import matmul_row
+from moejax.kernels.grouped_ffn.by_pair import run_pairs
 from moejax.kernels.grouped_ffn.by_row import MAX_ROWS, run_rows
 from moejax.kernels.grouped_ffn.weights import (
     GatedWeights,
@@ -72,7 +73,7 @@ def run_chunks(
 
     A chunk writes S rows; those that are not its own hold rubbish until the next chunk, so chunks
     must be run in order, and `zero_tail` called after the last chunk of all. `portable` keeps to
-    what every compiler takes, also where few rows run faster on CPU. Cost: each chunk
+    what every compiler takes, also where other ways run faster on CPU. Cost: each chunk
     reads its expert once, 3 * D * F weights, and does 6 * D * F operations per row of its size.
     """
     (y,) = _run_chunks((y,), xs, weights, group_rows, plan, begin, end, sizes, portable)
@@ -120,17 +121,31 @@ def _forward(xs, weights, group_sizes, group_rows, sizes, *, keep):
 def _run_chunks(out, xs, weights, group_rows, plan, begin, end, sizes, portable=False):
     """`out` is (y,) or (y, gate, up), each [M + S, *]."""
     bits = tuple(to_bits(o) for o in out)
-    by_chunk = partial(_by_chunk, sizes=sizes)
+    by_chunk, by_pair = partial(_by_chunk, sizes=sizes), partial(_by_pair, sizes=sizes)
     operands = (bits, xs, weights, group_rows, plan, begin, end)
     with jax.named_scope("grouped_ffn"):
-        if xs.shape[0] - sizes[-1] <= MAX_ROWS and not portable:
-            bits = lax.platform_dependent(*operands, cpu=run_rows, default=by_chunk)
-        else:
+        if portable:
             bits = by_chunk(*operands)
+        else:
+            on_cpu = run_rows if xs.shape[0] - sizes[-1] <= MAX_ROWS else by_pair
+            bits = lax.platform_dependent(*operands, cpu=on_cpu, default=by_chunk)
         return tuple(from_bits(b, o.dtype) for b, o in zip(bits, out, strict=True))
 
 
-def _by_chunk(out, xs, weights, group_rows, plan, begin, end, *, sizes):
+def _by_pair(out, xs, weights, group_rows, plan, begin, end, *, sizes):
+    """As `_by_chunk`, in pairs where there are two chunks of one size."""
+
+    def run_singles(out, chunk_of, count):
+        return _by_chunk(
+            out, xs, weights, group_rows, plan, 0, count, sizes=sizes, chunk_of=chunk_of
+        )
+
+    return run_pairs(
+        out, xs, weights, group_rows, plan, begin, end, sizes=sizes, run_singles=run_singles
+    )
+
+
+def _by_chunk(out, xs, weights, group_rows, plan, begin, end, *, sizes, chunk_of=lambda i: i):
     """The bits of `out` with chunks `[begin, end)` computed, each a product of all its rows."""
     hidden = hidden_fn(weights.activation)
     keep = len(out) > 1
@@ -147,10 +162,11 @@ def _by_chunk(out, xs, weights, group_rows, plan, begin, end, *, sizes):
         return run
 
     def body(i, out):
-        group, start = plan.group[i], plan.row[i]
+        chunk = chunk_of(i)
+        group, start = plan.group[chunk], plan.row[chunk]
         row = group if group_rows is None else group_rows[group]
         # The update stands outside the switch: a conditional that returns `out` would copy it.
-        results = switch_size(plan.size_class[i], sizes, branch, start, row)
+        results = switch_size(plan.size_class[chunk], sizes, branch, start, row)
         return tuple(put(o, r, start) for o, r in zip(out, results, strict=True))
 
     return lax.fori_loop(begin, end, body, out)
