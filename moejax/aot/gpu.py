@@ -47,7 +47,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @functools.cache
 def _devices(count: int) -> tuple[jax.Device, ...]:
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    # `find_spec` raises where the package around a module is missing.
+    if not all(map(importlib.util.find_spec, ("jax_plugins", "jax_plugins.xla_cuda12"))):
         raise InputError(
             "compiling for a GPU wants jax's CUDA plugin, which is not installed: "
             "source scripts/gpu_compiler.sh"
