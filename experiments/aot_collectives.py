@@ -122,6 +122,7 @@ def main() -> None:
     for name in TARGETS.value:
         devices = 8 if name == H100 else get_target(name).num_devices
         check(devices == 8, f"--targets={name} has {devices} devices, want 8")
+    check(len(TARGETS.value + SLICES.value) > 0, "--targets= and --slices= name nothing to compile")
     cli.use_cpu_devices(8)
     checked: dict[str, Any] = {}
     in_hlo: dict[str, Any] = {}

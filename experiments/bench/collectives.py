@@ -205,6 +205,7 @@ def table_of(records: list[dict]) -> str:
 def main() -> None:
     for path in (cli.JSON.value, CSV.value, PLOT.value):
         cli.check_writable(path)
+    check(len(SIZES.value) > 0, "--sizes= names no size")
     sizes = []
     for text in SIZES.value:
         check(text.isdigit() and 4 <= int(text) <= 2**28, f"--sizes: {text!r} is not in 4..2**28")
