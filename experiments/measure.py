@@ -1,6 +1,8 @@
 """Bandwidths of this machine, measured in the run that reports a fraction of them."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.offload.store import expert_bytes, flatten
 
 
-def _best_seconds(run, repeats: int) -> float:
+def best_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """The shortest of so many timed calls of `run`, after one that compiles."""
     jax.block_until_ready(run())
     best = float("inf")
     for _ in range(repeats):
@@ -27,7 +30,7 @@ def stream_read_bytes_per_s(mib: int = 256, repeats: int = 7) -> float:
     matrix = jnp.ones((mib * 2**20 // (4 * columns), columns), jnp.float32)
     vector = jnp.ones((columns,), jnp.float32)
     product = jax.jit(lambda m, v: m @ v)
-    return matrix.nbytes / _best_seconds(lambda: product(matrix, vector), repeats)
+    return matrix.nbytes / best_seconds(lambda: product(matrix, vector), repeats)
 
 
 def host_fetch_bytes_per_s(store: GatedWeights, experts: int = 64, repeats: int = 7) -> float:
@@ -59,4 +62,4 @@ def host_fetch_bytes_per_s(store: GatedWeights, experts: int = 64, repeats: int 
         state[0] = program(store, state[0], ids)
         return state[0]
 
-    return experts * expert_bytes(store) / _best_seconds(run, repeats)
+    return experts * expert_bytes(store) / best_seconds(run, repeats)

@@ -55,7 +55,7 @@ def evaluate(
     scores: np.ndarray,
     recording: Recording,
     *,
-    expert_bytes: int,
+    expert_bytes: int | np.ndarray,
     horizon: int = 1,
     sizes: Sequence[int] | None = None,
     coverage_batch: int = 16,
@@ -63,7 +63,7 @@ def evaluate(
     """Scores [L - h, B, S, E] against the choices of layers h .. L - 1, h being the horizon.
 
     Args:
-        expert_bytes: bytes of one expert.
+        expert_bytes: bytes of one expert, or int64 [L - h] where layers differ.
         sizes: the m to report, by default k, k + 2 and 2 k.
         coverage_batch: sequences decoded side by side; the figures of a batch are reported at an
             eighth, a quarter and a half of the experts.

@@ -37,13 +37,14 @@ def choose_steps(
     horizons: int = 1,
     progress: Progress | None = None,
 ) -> Stopping:
-    """Fits on 4 of 5 sequences and asks for the others after every `every` steps.
+    """Fits on four fifths of the sequences and asks for the others after every `every` steps.
 
     What counts is recall@k, a mean over target layers and then over horizons 1 .. `horizons`. The
     schedule is that of `cfg.horizon_steps`, whatever is chosen: pass `stop` to `fit_history`.
     """
     check(cfg.horizon_steps is not None, "steps are chosen for a horizon in steps, not in seconds")
-    fit_on, watched = folds(recording.topk_idx.shape[1], PARTS, cfg.seed)[0]
+    sequences = recording.topk_idx.shape[1]
+    fit_on, watched = folds(sequences, min(PARTS, sequences), cfg.seed)[0]
     held_out = take(recording, watched)
     rows = valid_tokens(held_out.topk_idx, num_experts)
     ask = jax.jit(history.scores, static_argnames="horizon")

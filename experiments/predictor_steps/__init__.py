@@ -1,0 +1,1 @@
+"""The steps of `experiments.predictors`, one file each."""
