@@ -1,5 +1,6 @@
 """Writes an imported model as a checkpoint of moejax that remembers where it came from."""
 
+import json
 import pathlib
 
 import jax
@@ -20,9 +21,13 @@ def write_checkpoint(model: Imported, path: str | pathlib.Path) -> int:
 
     Experts are in logical order, so that any mesh restores them (`interop.load`,
     `models.restore`). A process that is stopped leaves no checkpoint that counts. Raises
-    `InputError` for quantised experts.
+    `InputError` for quantised experts, and for a folder that holds another model.
     """
     _check_whole(model, path)
+    check(
+        not (pathlib.Path(path) / "config.json").exists(),
+        f"cannot write {path}: it holds a config.json, which would hide the checkpoint",
+    )
     # Views of the host arrays, of as many groups as there are: nothing goes to a device.
     experts = jax.tree.map(np.asarray, model.experts)
     params = join_experts(model.params, experts, model.cfg)
@@ -31,11 +36,14 @@ def write_checkpoint(model: Imported, path: str | pathlib.Path) -> int:
         "stored_dtypes": model.stored_dtypes,
         "context": model.context,
     }
+    extra = {"model": to_json(model.cfg), HF: kept}
     with checkpoints.open_manager(path) as manager:
-        if manager.latest_step() is None:
-            extra = {"model": to_json(model.cfg), HF: kept}
+        if (step := manager.latest_step()) is None:
             checkpoints.save(manager, 0, params=params, extra=extra)
             checkpoints.finish(manager)
+        else:
+            same = checkpoints.read_extra(manager, step) == json.loads(json.dumps(extra))
+            check(same, f"cannot write {path}: it holds a checkpoint of another model")
     return len(jax.tree.leaves(params))
 
 

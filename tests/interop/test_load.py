@@ -1,5 +1,6 @@
 """One call to a model that can be served; to a checkpoint of moejax and back."""
 
+import dataclasses
 import functools
 import json
 
@@ -102,6 +103,10 @@ def test_to_a_checkpoint_and_back(folder_of, tmp_path, model_type):
     model = load_folder(source, mesh=make_mesh())
     arrays = write_checkpoint(model, tmp_path / "moejax")
     assert write_checkpoint(model, tmp_path / "moejax") == arrays  # it is there already
+    with pytest.raises(InputError, match="moejax: it holds a checkpoint of another model"):
+        write_checkpoint(dataclasses.replace(model, context=7), tmp_path / "moejax")
+    with pytest.raises(InputError, match="holds a config.json, which would hide the checkpoint"):
+        write_checkpoint(model, source)
     again = read_model(tmp_path / "moejax", mesh=make_mesh(expert=2))
     assert memory_kinds(again.experts) == {"pinned_host"}
     assert_same((again.params, again.experts), (model.params, model.experts))
