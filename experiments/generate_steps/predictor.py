@@ -11,12 +11,19 @@ from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, init_decoder
 from moejax.models.experts import stacking_copies
 from moejax.predictors.history import HistoryParams
+from moejax.predictors.llapor import LlaporParams
+from moejax.predictors.path import PathParams
 from moejax.predictors.residual import ResidualParams
 from moejax.predictors.store import Predictor, describe, restore_predictor
 from moejax.serving import prediction
 from moejax.serving.prediction import Prediction
 
-FITTED = {"learned": ResidualParams, "history": HistoryParams}
+FITTED = {
+    "learned": ResidualParams,
+    "history": HistoryParams,
+    "llapor": LlaporParams,
+    "path": PathParams,
+}
 NAMES = ("none", "next_gate", *FITTED)
 
 
@@ -25,7 +32,7 @@ def check_flags(name: str, folder: str | None) -> None:
     check(
         (name in FITTED) == (folder is not None),
         f"--predictor={name} and --predictor_dir={folder}: "
-        f"{' and '.join(FITTED)} want a folder, the others none",
+        f"{', '.join(FITTED)} want a folder, the others none",
     )
 
 

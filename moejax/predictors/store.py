@@ -16,11 +16,9 @@ import orbax.checkpoint as ocp
 
 from moejax.core.disk import writing
 from moejax.core.errors import InputError, check
-from moejax.predictors.history import HistoryParams, init_history
-from moejax.predictors.residual import ResidualParams, init_residual
+from moejax.predictors.kinds import KINDS, Predictor
 
 FORMAT, VERSION = "moejax.predictor", 1
-Predictor = ResidualParams | HistoryParams
 
 
 def save_predictor(folder: str | os.PathLike, params: Predictor) -> None:
@@ -53,7 +51,7 @@ def restore_predictor(folder: str | os.PathLike) -> Predictor:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(lambda: _initial(kind, config)),
+        jax.eval_shape(lambda: KINDS[kind].init(jax.random.key(0), **config)),
     )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -66,34 +64,10 @@ def restore_predictor(folder: str | os.PathLike) -> Predictor:
 
 def describe(params: Predictor) -> tuple[str, dict[str, int]]:
     """The kind of a predictor and the sizes that determine its shapes."""
-    if isinstance(params, ResidualParams):
-        targets, d_model, hidden = params.net.w_in.shape
-        sizes = {"num_layers": targets + 1, "d_model": d_model, "hidden": hidden}
-        return "residual", sizes | {"num_experts": params.net.w_out.shape[-1]}
-    num_layers, num_experts = params.popularity.shape
-    vocab_size, embedding = params.net.embedding.shape
-    return "history", {
-        "num_layers": num_layers,
-        "num_experts": num_experts,
-        "vocab_size": vocab_size,
-        "embedding": embedding,
-        "hidden": params.net.reader.w_in.shape[-1],
-        "horizons": params.horizons,
-    }
-
-
-SIZES = {
-    "residual": {"num_layers", "d_model", "hidden", "num_experts"},
-    "history": {"num_layers", "num_experts", "vocab_size", "embedding", "hidden", "horizons"},
-}
-
-
-def _initial(kind: str, config: dict[str, int]) -> Predictor:
-    key, config = jax.random.key(0), dict(config)
-    if kind == "residual":
-        return init_residual(key, **config)
-    popularity = jnp.zeros((config.pop("num_layers"), config.pop("num_experts")))
-    return init_history(key, popularity, **config)
+    for name, kind in KINDS.items():
+        if isinstance(params, kind.params):
+            return name, kind.sizes(params)
+    raise InputError(f"{type(params).__name__} is no predictor of {sorted(KINDS)}")
 
 
 def _read_header(path: pathlib.Path) -> tuple[str, dict[str, int]]:
@@ -107,8 +81,9 @@ def _read_header(path: pathlib.Path) -> tuple[str, dict[str, int]]:
     check(ours, f"{path}: not a {FORMAT} file")
     version, kind, config = header.get("version"), header.get("kind"), header.get("config")
     check(version == VERSION, f"{path}: version {version!r}, this program reads {VERSION}")
-    check(kind in SIZES, f"{path}: kind {kind!r}, expected one of {sorted(SIZES)}")
-    good = isinstance(config, dict) and set(config) == SIZES[kind]
+    check(kind in KINDS, f"{path}: kind {kind!r}, expected one of {sorted(KINDS)}")
+    wanted = KINDS[kind].names
+    good = isinstance(config, dict) and set(config) == wanted
     good = good and all(type(size) is int and size > 0 for size in config.values())
-    check(good, f"{path}: config {config!r}, expected positive sizes {sorted(SIZES[kind])}")
+    check(good, f"{path}: config {config!r}, expected positive sizes {sorted(wanted)}")
     return kind, config

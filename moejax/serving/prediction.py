@@ -6,15 +6,17 @@ from typing import Any
 
 import jax
 
-from moejax.core.errors import check
+from moejax.core.errors import InputError, check
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.models.experts import stack_moe
 from moejax.offload.prefetch import Scorer
-from moejax.predictors import scorers
-from moejax.predictors.features import HistoryState, observe_prompt
+from moejax.predictors import features, path, scorers
 from moejax.predictors.history import HistoryParams, init_state
+from moejax.predictors.llapor import LlaporParams
+from moejax.predictors.path import PathParams, PathState, init_path_state
 from moejax.predictors.residual import ResidualParams
+from moejax.predictors.scorers import PredictorState
 from moejax.predictors.store import Predictor, describe
 from moejax.routing.gates import RouterParams
 
@@ -31,20 +33,24 @@ class Prediction:
 
     params: Any
     scorer: Callable[[Any], Scorer]
-    init: Callable[[Any, int], HistoryState | None] = lambda params, batch: None
+    init: Callable[[Any, int], PredictorState] = lambda params, batch: None
 
 
-def begin_token(state: HistoryState | None, token: jax.Array) -> HistoryState | None:
+def begin_token(state: PredictorState, token: jax.Array) -> PredictorState:
     """Tells the predictor the tokens int32 [B] that the step is about to run."""
     return scorers.begin_token(state, token)
 
 
-def see_prompt(state: HistoryState | None, topk_idx: jax.Array, batch: int) -> HistoryState | None:
-    """Tells the predictor the routing of a prefill, int32 [L, B * S, K]."""
+def see_prompt(
+    state: PredictorState, topk_idx: jax.Array, tokens: jax.Array, mask: jax.Array
+) -> PredictorState:
+    """Tells the predictor of a prefill: tokens int32 [B, S] and their routing [L, B * S, K]."""
     if state is None:
         return None
+    if isinstance(state, PathState):
+        return path.observe_prompt(state, tokens, mask)
     layers, _, top_k = topk_idx.shape
-    return observe_prompt(state, topk_idx.reshape(layers, batch, -1, top_k))
+    return features.observe_prompt(state, topk_idx.reshape(layers, *tokens.shape, top_k))
 
 
 def stack_routers(params: DecoderParams, cfg: DecoderConfig) -> RouterParams:
@@ -91,6 +97,15 @@ def check_fits(learned: Predictor, cfg: DecoderConfig) -> None:
 def fitted(learned: Predictor, params: DecoderParams, cfg: DecoderConfig) -> Prediction:
     """A predictor of `predictors.store`; `InputError` for one of another model."""
     check_fits(learned, cfg)
+    if isinstance(learned, ResidualParams):
+        return residual(learned, params, cfg)
     if isinstance(learned, HistoryParams):
         return history(learned)
-    return residual(learned, params, cfg)
+    if isinstance(learned, LlaporParams):
+        return Prediction(params=learned, scorer=scorers.llapor_scorer)
+    if isinstance(learned, PathParams):
+        return Prediction(params=learned, scorer=scorers.path_scorer, init=init_path_state)
+    raise InputError(
+        f"the {describe(learned)[0]} predictor reads what enters a layer's own attention; "
+        "prefetching asks one layer ahead"
+    )

@@ -157,7 +157,8 @@ class _Program:
         """Runs the prompts; nothing is prefetched, as a prompt wants nearly every expert."""
         out, session = self._forward(params, self._stage(experts, None), session, tokens, mask)
         if session.offload is not None:
-            seen = see_prompt(_of_rank(session.offload.predictor), out.record.topk_idx, len(tokens))
+            kept = _of_rank(session.offload.predictor)
+            seen = see_prompt(kept, out.record.topk_idx, tokens, mask)
             session = _with_offload(session, predictor=_as_rank(seen))
         last = jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
         logits = jnp.take_along_axis(out.logits, last[:, None, None], axis=1)[:, 0]

@@ -5,14 +5,12 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax.core.errors import InputError
 from moejax.predictors import store
-from moejax.predictors.history import init_history
-from moejax.predictors.residual import init_residual
+from tests.predictors.test_kinds import predictors
 
 # A restore that orbax gives up on leaves coroutines behind that were never awaited.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -25,18 +23,7 @@ def collect_here():
     gc.collect()
 
 
-def predictors() -> dict[str, store.Predictor]:
-    rng, key = np.random.default_rng(0), jax.random.key(0)
-    shapes = jax.eval_shape(
-        lambda: {
-            "residual": init_residual(key, num_layers=4, d_model=6, num_experts=8, hidden=5),
-            "history": init_history(key, jnp.ones((4, 8)), vocab_size=9, embedding=3, hidden=5),
-        }
-    )
-    return jax.tree.map(lambda p: rng.normal(size=p.shape).astype(p.dtype), shapes)
-
-
-@pytest.mark.parametrize("kind", ["residual", "history"])
+@pytest.mark.parametrize("kind", ["residual", "llapor"])
 def test_round_trip(tmp_path, kind):
     params = predictors()[kind]
     store.save_predictor(tmp_path / "p", jax.tree.map(np.zeros_like, params))

@@ -1,5 +1,6 @@
 """Every way of serving the experts decodes the same tokens, batch 1 and batch many, prefill too."""
 
+import dataclasses
 import functools
 
 import jax
@@ -17,6 +18,8 @@ from moejax.models.decoder import forward, init_decoder
 from moejax.offload.stage import OffloadConfig
 from moejax.offload.store import to_device, to_host
 from moejax.predictors.history import init_history
+from moejax.predictors.path import init_path
+from moejax.predictors.pre_attention import init_pre_attention
 from moejax.routing.config import RouterConfig
 from moejax.serving import prediction
 from moejax.serving.engine import make_engine, split_experts
@@ -85,6 +88,14 @@ def history(dense):
     return prediction.history(learned)
 
 
+def path(dense):
+    learned = init_path(
+        jax.random.key(5), num_layers=L, num_experts=E, vocab_size=32, embedding=8, hidden=8
+    )
+    noise = 0.1 * jax.random.normal(jax.random.key(6), learned.w_out.shape)
+    return prediction.fitted(dataclasses.replace(learned, w_out=noise), dense, CFG)
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_resident_engine_equals_greedy_full_forward(batch):
     """Each row of a batch of unequal prompts decodes what it decodes alone, recomputed in full."""
@@ -111,7 +122,7 @@ def test_resident_engine_equals_greedy_full_forward(batch):
         (4, 1, OffloadConfig(num_slots=6, prefetch_lanes=3, policy="lfu"), history),
         (4, 2, OffloadConfig(num_slots=4), None),
         (4, 2, OffloadConfig(num_slots=4, prefetch_lanes=2), next_gate),
-        (1, 4, OffloadConfig(num_slots=3, prefetch_lanes=2), history),
+        (1, 4, OffloadConfig(num_slots=3, prefetch_lanes=2), path),
         (4, 2, OffloadConfig(num_slots=4, serve="host"), None),
         (
             4,
@@ -187,3 +198,12 @@ def test_wrong_use_is_refused():
         engine.start(1, temperature=-1.0)
     with pytest.raises(InputError, match="prompt of 6 positions after 0 exceeds the KV capacity 4"):
         engine.prefill(engine.start(1), *prompts(1))
+
+
+def test_a_predictor_of_the_layer_itself_is_refused():
+    d_model = CFG.d_model
+    learned = init_pre_attention(
+        jax.random.key(0), num_layers=L, d_model=d_model, hidden=2, num_experts=E
+    )
+    with pytest.raises(InputError, match="prefetching asks one layer ahead"):
+        prediction.fitted(learned, model(), CFG)

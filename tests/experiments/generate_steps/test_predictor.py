@@ -90,7 +90,7 @@ def test_a_folder_goes_with_the_predictors_that_are_fitted():
     for name, where in (("none", None), ("next_gate", None), ("learned", "a"), ("history", "a")):
         predictor.check_flags(name, where)
     for name, where in (("none", "a"), ("next_gate", "a"), ("learned", None), ("history", None)):
-        with pytest.raises(InputError, match="learned and history want a folder, the others none"):
+        with pytest.raises(InputError, match="learned, history, .* want a folder"):
             predictor.check_flags(name, where)
 
 
