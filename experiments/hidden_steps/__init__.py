@@ -1,0 +1,1 @@
+"""The parts of `experiments/hidden_predictors.py`, one file each."""
