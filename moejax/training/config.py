@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from moejax.core.errors import check, check_seed
 from moejax.dispatch.config import DispatchConfig
+from moejax.training.offloading import OffloadingConfig
 
 MemoryKind = Literal["device", "pinned_host"]
 
@@ -26,6 +27,7 @@ class TrainConfig:
         final_fraction: share of the peak at which its cosine ends.
         load_balancing_weight, router_z_weight: of the auxiliary losses, averaged over layers.
         bias_rate: by how much a step moves the correction biases of routers that have them.
+        offloading: terms of the loss that make experts easier to offload.
         dispatch: how tokens reach experts, on a mesh.
         fully_sharded: on a mesh, weights and optimizer state are split over all ranks instead of
             copied; see `moejax.training.sharding`.
@@ -50,6 +52,7 @@ class TrainConfig:
     load_balancing_weight: float = 0.01
     router_z_weight: float = 0.0
     bias_rate: float = 1e-3
+    offloading: OffloadingConfig = OffloadingConfig()
     dispatch: DispatchConfig = DispatchConfig()
     fully_sharded: bool = False
     experts_memory: MemoryKind = "device"
@@ -79,4 +82,8 @@ class TrainConfig:
         check(
             0 <= self.final_fraction <= 1,
             f"final_fraction={self.final_fraction} must be in [0, 1]",
+        )
+        check(
+            not (self.fully_sharded and self.offloading.predictability_weight),
+            "the predictability loss reads all routers at once, which fully_sharded splits",
         )

@@ -12,7 +12,9 @@ from moejax.experts.stage import Stage, resident
 from moejax.layers.parallel import ALONE, Parallel
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams, forward
+from moejax.models.experts import stack_moe
 from moejax.training.config import TrainConfig
+from moejax.training.offloading import predictability_loss, sequence_balance_loss
 
 
 @struct.dataclass(kw_only=True)
@@ -22,6 +24,7 @@ class LossMetrics:
     cross_entropy: jax.Array  # float32 [], nats per token
     load_balancing_loss: jax.Array  # float32 [], 1.0 when balanced
     router_z_loss: jax.Array  # float32 []
+    predictability_loss: jax.Array  # float32 [], nats of a chosen expert; 0 without a weight
     expert_load: jax.Array  # int32 [L, E]
     assignments_dropped: jax.Array  # int32 [], of all layers
 
@@ -47,10 +50,22 @@ def train_loss(
     the whole batch, the same on every rank.
     """
     output = forward(params, tokens[:, :-1], model, stage=stage, parallel=parallel)
-    nats = cross_entropy(output.logits, tokens[:, 1:]).mean()
+    axes, terms = parallel.token_axes, cfg.offloading
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(x, axes) if axes else x
+
+    balance, foreseen = output.metrics.load_balancing_loss.mean(), jnp.float32(0)
+    if terms.balance_over == "sequence":
+        router, sequences = model.moe.router, len(tokens)
+        balance = mean(sequence_balance_loss(output.record, router, sequences))
+    if terms.predictability_weight:
+        routers = stack_moe(params, model, lambda moe: moe.router)
+        foreseen = mean(predictability_loss(output.record, routers))
     metrics = LossMetrics(
-        cross_entropy=jax.lax.pmean(nats, axes) if (axes := parallel.token_axes) else nats,
-        load_balancing_loss=output.metrics.load_balancing_loss.mean(),
+        cross_entropy=mean(cross_entropy(output.logits, tokens[:, 1:]).mean()),
+        load_balancing_loss=balance,
+        predictability_loss=foreseen,
         router_z_loss=output.metrics.router_z_loss.mean(),
         expert_load=output.metrics.expert_load,
         assignments_dropped=output.metrics.assignments_dropped.sum(),
@@ -59,5 +74,6 @@ def train_loss(
         metrics.cross_entropy
         + cfg.load_balancing_weight * metrics.load_balancing_loss
         + cfg.router_z_weight * metrics.router_z_loss
+        + terms.predictability_weight * metrics.predictability_loss
     )
     return loss, metrics

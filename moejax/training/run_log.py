@@ -10,6 +10,7 @@ from moejax.core.errors import check
 from moejax.models.config import DecoderConfig
 from moejax.sync.config import SyncConfig
 from moejax.training.config import TrainConfig
+from moejax.training.offloading import OffloadingConfig
 from moejax.training.state import StepMetrics
 
 COLUMNS = (*(field.name for field in dataclasses.fields(StepMetrics)), "elapsed_secs")
@@ -80,7 +81,7 @@ def from_extra(
     extra = {"sync": to_json(_NO_SYNC), **extra}
     for name in ("model", "train", "log"):
         check(name in extra, f"{where} is not a training run's: its extra has no {name!r}")
-    stored_cfg = from_json(TrainConfig, extra["train"], f"{where}: train")
+    stored_cfg = from_json(TrainConfig, _with_offloading(extra["train"]), f"{where}: train")
     free = {name: getattr(cfg, name) for name in FREE}
     for name, stored, wanted in (
         ("model", from_json(DecoderConfig, extra["model"], f"{where}: model"), model),
@@ -95,6 +96,13 @@ def from_extra(
     log = _parse_log(extra["log"], where)
     check(log.crc32 == crc32, f"{where} was trained on other data (crc32 {log.crc32}, not {crc32})")
     return log
+
+
+def _with_offloading(train: Any) -> Any:
+    """Checkpoints that know no terms for offloading were trained without them."""
+    if not isinstance(train, dict):
+        return train
+    return {"offloading": to_json(OffloadingConfig()), **train}
 
 
 def _parse_log(value: Any, where: str) -> RunLog:
