@@ -35,7 +35,7 @@ class HiddenConfig:
     llapor: LlaporConfig = LlaporConfig()
     context: int = 16
     path_embedding: int = 64
-    fit: FitConfig = FitConfig(horizon_steps=800, learning_rate=5e-3)
+    fit: FitConfig = FitConfig(horizon_steps=800, learning_rate=1e-2)
     others: FitConfig = FitConfig(horizon_steps=800)
     tuning: TuningConfig = TuningConfig()
     seed: int = 0

@@ -163,6 +163,27 @@ def start_from_routers(params: LlaporParams, w_router: jax.Array) -> LlaporParam
     )
 
 
+def centre(params: LlaporParams, hidden: jax.Array, top_k: int) -> LlaporParams:
+    """Scores shifted, layer by layer, so that zero parts the `top_k` best of a typical token.
+
+    A router's logits have any offset; as log-odds they would begin far from right. `hidden` are
+    gate inputs [L - 1, T, D].
+    """
+    first, count = params.edge.w_in.shape[0] // 2, params.middle.w_in.shape[0]
+    best, _ = jax.lax.top_k(all_scores(params, hidden), top_k + 1)
+    between = jnp.median(best[..., -2:].mean(-1), axis=1)[:, None]
+    ends = jnp.concatenate([between[:first], between[first + count :]])
+
+    def shift(net: Any, offset: jax.Array) -> Any:
+        return dataclasses.replace(net, b_out=net.b_out - offset)
+
+    return dataclasses.replace(
+        params,
+        edge=shift(params.edge, ends),
+        middle=shift(params.middle, between[first : first + count]),
+    )
+
+
 def scores(params: LlaporParams, layer: jax.Array | int, hidden: jax.Array) -> jax.Array:
     """float32 [T, E] for target `layer + 1` from hidden [T, D], the gate input of `layer`.
 

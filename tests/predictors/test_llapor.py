@@ -69,7 +69,13 @@ def test_it_can_start_as_the_next_gate():
     params = llapor.init_llapor(jax.random.key(0), edge, deep, LlaporConfig(), num_experts=8)
     params = llapor.start_from_routers(params, router)
     want = np.einsum("ltd,lde->lte", hidden, router[1:])
-    np.testing.assert_allclose(llapor.all_scores(params, hidden), want, rtol=1e-3, atol=1e-3)
+    scores = np.asarray(llapor.all_scores(params, hidden))
+    np.testing.assert_allclose(scores, want, rtol=1e-3, atol=1e-3)
+    moved = np.asarray(llapor.all_scores(llapor.centre(params, hidden, 2), hidden))
+    offset = (scores - moved)[:, :1, :1]
+    np.testing.assert_allclose(moved + offset, scores, rtol=1e-4, atol=1e-4)
+    second, third = np.sort(moved, axis=-1)[..., [-2, -3]].transpose(2, 0, 1)
+    np.testing.assert_allclose(np.median((second + third) / 2, axis=1), 0, atol=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [dict(edge_components=0), dict(focal=-1.0), dict(balance=-1.0)])
