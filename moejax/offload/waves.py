@@ -19,6 +19,7 @@ Axis letters:
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -136,25 +137,53 @@ def run_missing(call: Call, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
     `last_wave`, and what should travel behind the demand transfers is started.
     Cost: `work.num_moved` transfers of one expert.
     """
-    work, n = call.work, call.work.num_moved
+    with jax.named_scope("moe_waves"):
+        y, _ = vary_together(jnp.zeros_like(call.xs), cache)
+        operands = (call.store, call.xs, call.work, call.plan, cache, y)
+        return jax.lax.platform_dependent(
+            *operands, cpu=partial(_in_turn, call), default=partial(_overlapped, call)
+        )
+
+
+def _overlapped(call, store, xs, work, plan, cache, y):
+    """The transfer of the next missing expert starts before a wave and lands after it."""
+    call = dataclasses.replace(call, store=store, xs=xs, work=work, plan=plan)
+    n = work.num_moved
 
     def wave(i: jax.Array, carry):
         y, cache, landed = carry
         # At i == 0 nothing has landed: a loop of no trips, since a cond would copy the cache.
         landing = jnp.minimum(i, 1)
         cache = jax.lax.fori_loop(0, landing, lambda _, c: _land(call, c, i - 1, landed), cache)
+        coming = _fetch(call, i)
         missing = work.num_cached + i
-        coming = fetch_rows(call.store, _granule(work, missing))
         first = jnp.where(i == 0, 0, missing - 1)
         return _compute(call, y, cache, first, missing), cache, coming
 
-    with jax.named_scope("moe_waves"):
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), call.store)
-        (y, nothing), _ = vary_together((jnp.zeros_like(call.xs), nothing), cache)
-        y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
-        last = jnp.minimum(n, 1)
-        cache = jax.lax.fori_loop(0, last, lambda _, c: _land(call, c, n - 1, landed), cache)
-        return cache, y
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), store)
+    nothing, _ = vary_together(nothing, cache)
+    y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
+    last = jnp.minimum(n, 1)
+    cache = jax.lax.fori_loop(0, last, lambda _, c: _land(call, c, n - 1, landed), cache)
+    return cache, y
+
+
+def _in_turn(call, store, xs, work, plan, cache, y):
+    """The same where link and compute are one processor: straight into the slot, one copy less."""
+    call = dataclasses.replace(call, store=store, xs=xs, work=work, plan=plan)
+    n = work.num_moved
+    y = _compute(call, y, cache, 0, jnp.where(n == 0, 0, work.num_cached))
+
+    def wave(i: jax.Array, carry):
+        y, cache = carry
+        cache = _land(call, cache, i, _fetch(call, i))
+        missing = work.num_cached + i
+        # The last one's rows are left to `run_last`.
+        end = jnp.where(i == n - 1, missing, missing + 1)
+        return _compute(call, y, cache, missing, end), cache
+
+    y, cache = jax.lax.fori_loop(0, n, wave, (y, cache))
+    return cache, y
 
 
 def last_wave(work: Work) -> jax.Array:
@@ -192,6 +221,11 @@ def _compute(call, y, cache, first, last):
     slots = layer_slot_of(cache.table, work.layer, work.wanted.shape[0])[work.order]
     begin, end = plan.first_chunk[first], plan.first_chunk[last]
     return run_chunks(y, call.xs, cache.rows, slots, plan, begin, end, sizes=call.sizes)
+
+
+def _fetch(call, i):
+    """The i-th missing expert, on its way."""
+    return fetch_rows(call.store, _granule(call.work, call.work.num_cached + i))
 
 
 def _granule(work, position):
