@@ -4,8 +4,9 @@
 
 MOMENT is `never`, `start` (joined, no step taken), `in:N` (in step N, before its collective),
 `after:N` (step N done here, the others may not know), `save:N` (while checkpoint N is written),
-`rejoin` (when the others have taken it in) or `hang:N` (in step N, for ever). Process 0 keeps
-checkpoints in FILE.saves. Writes state, events and seconds to FILE.
+`rejoin` (when the others have taken it in), `hang:N` (in step N, for ever) or `late:N` (to step N,
+so that the others give up waiting). Process 0 keeps checkpoints in FILE.saves. Writes state, events
+and seconds to FILE.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from moejax.elastic.watchdog import Watchdog  # noqa: E402
 SAVE_EVERY = 2
 # Of the one that hangs. The others must not be taken for stuck, however slow the machine.
 STUCK_S, PATIENT_S = 8.0, 60.0
+LATE_S = 3.0  # longer than a collective waits, shorter than a process counts as alive
 
 
 def kill():
@@ -50,6 +52,9 @@ class Child:
             kill()
         if self.kind == "hang" and number == self.at:
             time.sleep(1000)
+        if self.kind == "late" and number == self.at:
+            self.at = -1  # once
+            time.sleep(LATE_S)
         new = train_step(mesh, state, number)
         if self.kind == "after" and number == self.at:
             kill()

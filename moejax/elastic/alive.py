@@ -12,10 +12,11 @@ collective has given up waits for it that long. When process 0 dies all die: it 
 and JAX has no other.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.core.errors import check
 
 AXIS = "data"
+TRIES = 2  # failures of a communicator after which another takes its place
 Members = tuple[tuple[int, int], ...]  # device ids, each with the incarnation of its process
 Live = Callable[[list[jax.Device]], AbstractContextManager[list[jax.Device]]]
 
@@ -73,14 +75,13 @@ def run_alive(
     done, members, failures = first_step, (), 0
     while done < num_steps:
         try:
-            with live(list(devices)) as alive:
-                now = _members(alive, live)
-                order = np.array(_ordered(alive, now))
+            with live(list(devices)) as alive, _noting_failures(_members(alive, live)) as now:
+                order = np.array(_ordered(alive, *now))
                 mesh = Mesh(order, (AXIS,), axis_types=(AxisType.Auto,))
                 with guard():
                     if now != members:
                         done, state = hand_over(mesh, done, state)
-                        notify(Event(step=done, kind="members", detail=f"{len(now)} devices"))
+                        notify(Event(step=done, kind="members", detail=f"{len(alive)} devices"))
                     new = step(mesh, state, done) if done < num_steps else state
         except Exception as error:
             # Which exceptions a dead peer causes depends on the backend; a bug of ours fails again.
@@ -138,21 +139,38 @@ def _members(alive: Sequence[jax.Device], live: Live) -> Members:
     return tuple((device.id, incarnations.get(device, 0)) for device in alive)
 
 
-def _ordered(alive: Sequence[jax.Device], members: Members) -> list[jax.Device]:
+@contextlib.contextmanager
+def _noting_failures(members: Members) -> Iterator[tuple[Members, int]]:
+    """Yields the members with their failures so far, which all of them know; counts another.
+
+    What is written before `live` ends is read by all when it begins again. Those that came through
+    a step in which others failed see by the count that they are to hand over too.
+    """
+    if jax.process_count() == 1:
+        yield members, 0
+        return
+    store, folder = _store(), f"moejax/failures/{_key(members)}/"
+    failures = sum(int(count) for _, count in store.key_value_dir_get(folder))
+    try:
+        yield members, failures
+    except Exception:
+        mine = f"{folder}{jax.process_index()}"
+        before = dict(store.key_value_dir_get(folder)).get(mine, "0")
+        store.key_value_set(mine, str(int(before) + 1), allow_overwrite=True)
+        raise
+
+
+def _ordered(alive: Sequence[jax.Device], members: Members, failures: int) -> list[jax.Device]:
     """The devices in an order that this job has not used yet for other incarnations of them.
 
-    On CPU, communicators are found by their devices in order; those of a dead process are never
-    forgotten, and to meet there fails for ever.
+    On CPU, communicators are found by their devices in order; those of a dead process, and those
+    that broke when somebody was late, are never forgotten, and to meet there fails for ever.
     """
     devices = sorted(alive, key=lambda device: device.id)
     if jax.process_count() == 1:
         return devices
-    from jax._src import distributed  # no public way to the job's key-value store
-
-    store = distributed.global_state.client
-    assert store is not None
-    group = ",".join(str(number) for number, _ in sorted(members))
-    key = f"moejax/members/{group}/{'-'.join(str(one) for _, one in sorted(members))}"
+    store, group = _store(), ",".join(str(number) for number, _ in sorted(members))
+    key = f"moejax/members/{group}/{_key(members)}"
     known = len(store.key_value_dir_get(f"moejax/members/{group}/"))
     try:
         store.key_value_set(key, str(known))
@@ -163,4 +181,17 @@ def _ordered(alive: Sequence[jax.Device], members: Members) -> list[jax.Device]:
     check(
         generation < orders, f"{len(devices)} devices have met {orders} times; start the job anew"
     )
-    return list(next(itertools.islice(itertools.permutations(devices), generation, None)))
+    place = (generation + failures // (TRIES * len(devices))) % orders
+    return list(next(itertools.islice(itertools.permutations(devices), place, None)))
+
+
+def _key(members: Members) -> str:
+    return ",".join(f"{number}-{incarnation}" for number, incarnation in sorted(members))
+
+
+def _store() -> Any:
+    from jax._src import distributed  # no public way to the job's key-value store
+
+    store = distributed.global_state.client
+    assert store is not None
+    return store

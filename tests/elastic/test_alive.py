@@ -129,6 +129,19 @@ def test_a_process_dies(tmp_path, moment, victim):
 
 
 @pytest.mark.full
+def test_a_late_process_is_waited_for(tmp_path):
+    """The others give up a collective with it, and the connections of that one are lost."""
+    children, _ = start(tmp_path, STEPS, 0.0, {1: "late:3"})
+    outputs = [child.communicate(timeout=240)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], outputs
+    for index in range(3):
+        result = pickle.loads((tmp_path / str(index)).read_bytes())
+        _assert_same(result["state"], unkilled(STEPS)[STEPS])
+        assert any(event.kind == "retry" for event in result["events"])
+        assert result["events"][-1].detail == "3 devices"
+
+
+@pytest.mark.full
 def test_a_stuck_process_is_ended_and_the_others_go_on(tmp_path):
     children, _ = start(tmp_path, STEPS, 0.0, {1: "hang:3"})
     outputs = [child.communicate(timeout=240)[0] for child in children]
