@@ -56,7 +56,7 @@ def fit_llapor(
     )
     if w_router is not None:
         params = llapor.start_from_routers(params, w_router)
-        sample = flat[:-1][:, rows[:: max(1, len(rows) // 1024)]]
+        sample = jnp.asarray(flat[:-1][:, rows[:: max(1, len(rows) // 1024)]])
         params = llapor.centre(params, sample, recording.topk_idx.shape[-1])
     chosen = _choices(recording)[1:]
     shrink = jax.jit(jax.vmap(compress))
