@@ -1,6 +1,7 @@
 """Fits reach what can be known, and no more; horizons in steps and in seconds."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,11 +12,11 @@ from tests.predictors import synthetic
 from tests.predictors.synthetic import CFG, E, K, L, V
 
 STEPS = FitConfig(
-    horizon_steps=250,
-    batch=256,
+    horizon_steps=120,
+    batch=128,
     hidden=32,
     embedding=32,
-    learning_rate=1e-2,
+    learning_rate=2e-2,
     drop_choices=0.0,
     drop_hidden=0.0,
 )
@@ -56,7 +57,7 @@ def test_residual_learns_the_rotation():
 
 
 def test_history_learns_the_chain():
-    recording = synthetic.chained_choices(np.random.default_rng(0), batch=64, length=64)
+    recording = synthetic.chained_choices(np.random.default_rng(0), batch=32, length=32)
     train, held_out = split(recording)
     params, losses = fit.fit_history(train, E, V, STEPS)
     assert losses[-1] < 0.1 * losses[0]
@@ -65,7 +66,7 @@ def test_history_learns_the_chain():
 
 def test_shuffled_targets_leave_nothing_to_learn():
     rng = np.random.default_rng(0)
-    recording = synthetic.shuffled_targets(synthetic.chained_choices(rng, 64, 64), rng)
+    recording = synthetic.shuffled_targets(synthetic.chained_choices(rng, 32, 32), rng)
     train, held_out = split(recording)
     params, _ = fit.fit_history(train, E, V, STEPS)
     np.testing.assert_allclose(history_recall(params, held_out), K / E, atol=0.05)
@@ -94,6 +95,27 @@ def test_second_horizon_ends():
         recording, routers, CFG, cfg, progress=lambda *report: seen.append(report[0])
     )
     assert len(losses) >= 1 and seen == sorted(seen) and seen[-1] == 1.0
+
+
+def test_a_fit_stops_where_it_is_told_on_the_same_schedule():
+    """Every step of a noisy quadratic has a key of its own, the same in a shorter fit."""
+    target = jnp.arange(8.0)[None, :, None]
+
+    def loss(x, fixed, batch, key):
+        return jnp.square(x - batch + fixed * jax.random.normal(key)).mean()
+
+    def run(**options):
+        cfg = FitConfig(horizon_steps=9, batch=4)
+        rows = np.arange(8)
+        return fit.minimize(loss, jnp.zeros(()), 0.1, target, rows, cfg, noisy=True, **options)
+
+    seen = {}
+    whole, losses = run(watch=lambda step, x: seen.update({step: float(x)}))
+    stopped, first = run(stop=5)
+    assert first == losses[:5] and len(losses) == 9 and len(set(losses)) == 9
+    assert (
+        seen[5] == float(stopped) and seen[9] == float(whole) and list(seen) == list(range(1, 10))
+    )
 
 
 def test_padding_is_not_fitted():

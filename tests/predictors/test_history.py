@@ -73,9 +73,8 @@ def test_no_layer_reads_choices_of_its_own_or_later_layers(recording, horizon):
         assert same == [target - horizon < layer for target in range(horizon, L)]
 
 
-@pytest.mark.parametrize("horizon", [1, 2])
-def test_decoding_scores_what_the_recording_scores(recording, horizon):
-    params = noisy(recording)
+def test_decoding_scores_what_the_recording_scores(recording):
+    params, horizon = noisy(recording), 2
     want = SCORES(params, recorded(recording, params), horizon=horizon)
 
     @partial(jax.jit, static_argnames="horizon")

@@ -11,7 +11,7 @@ from moejax.layers.moe import MoEConfig
 from moejax.models.config import moe_decoder
 from moejax.models.decoder import init_decoder
 from moejax.offload.stage import OffloadConfig
-from moejax.offload.store import to_host
+from moejax.offload.store import to_device, to_host
 from moejax.predictors.history import init_history
 from moejax.routing.config import RouterConfig
 from moejax.serving import prediction
@@ -32,21 +32,15 @@ LENGTHS = ((6, 3), (1, 5))
 ORDER = np.array([3, 0, 2, 1])
 
 
-@pytest.fixture(scope="module")
-def engine():
+def make(memory, **options):
     dense, experts = split_experts(init_decoder(jax.random.key(3), CFG), CFG)
     mesh = make_mesh(expert=1)
-    share = jnp.full((L, E), K / E)
-    learned = init_history(jax.random.key(5), share, vocab_size=V, embedding=8, hidden=8)
-    return make_engine(
-        dense,
-        to_host(experts, mesh),
-        CFG,
-        mesh,
-        capacity=16,
-        offload=OffloadConfig(num_slots=4, prefetch_lanes=2),
-        prediction=prediction.fitted(learned, dense, CFG),
-    )
+    return make_engine(dense, memory(experts, mesh), CFG, mesh, capacity=16, **options)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make(to_device)
 
 
 def started(engine):
@@ -82,14 +76,28 @@ def test_tokens_follow_their_sequences(engine):
     assert len(set(map(tuple, want.T))) == 2 * B  # no two sequences say the same
 
 
-def test_the_predictor_goes_with_its_sequences_and_the_slots_stay(engine):
-    before = started(engine)
-    kept = [jax.tree.map(np.asarray, session.offload) for session in before]
+def test_the_predictor_goes_with_its_sequences_and_the_slots_stay():
+    share = jnp.full((L, E), K / E)
+    learned = init_history(jax.random.key(5), share, vocab_size=V, embedding=8, hidden=8)
+    ahead = prediction.history(learned)
+    offload = OffloadConfig(num_slots=4, prefetch_lanes=2)
+    engine, rng = make(to_host, offload=offload, prediction=ahead), np.random.default_rng(0)
+
+    def random(leaf):
+        return jnp.asarray(rng.integers(0, 99, leaf.shape), leaf.dtype)
+
+    before = []
+    for _ in range(2):
+        session = engine.start(B)
+        before.append(session.replace(offload=jax.tree.map(random, session.offload)))
     after = regroup(engine, *before, ORDER)
-    ema = np.concatenate([side.predictor.ema for side in kept], axis=2)  # [R, L, 2 B, P, E]
-    for side, rows in zip(range(2), ORDER.reshape(2, B), strict=True):
-        np.testing.assert_array_equal(after[side].offload.predictor.ema, ema[:, :, rows])
-        jax.tree.map(np.testing.assert_array_equal, after[side].offload.cache, kept[side].cache)
+    for name, axis in {"ema": 2, "latent": 1, "token": 1}.items():  # after the axes of R and L
+        both = [np.asarray(getattr(side.offload.predictor, name)) for side in before]
+        for side, rows in zip(after, ORDER.reshape(2, B), strict=True):
+            want = np.take(np.concatenate(both, axis), rows, axis)
+            np.testing.assert_array_equal(getattr(side.offload.predictor, name), want)
+    for old, new in zip(before, after, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, new.offload.cache, old.offload.cache)
 
 
 def test_what_is_no_permutation_is_refused(engine):
