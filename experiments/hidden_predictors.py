@@ -11,6 +11,7 @@ docs/second_model.md.
 """
 
 import pathlib
+import sys
 
 from absl import flags
 from rich.console import Console
@@ -33,7 +34,8 @@ def main() -> None:
     check(WORKDIR.value != "", "--workdir is empty; name the folder of a training run")
     plot_path = plot_file.path_of("plot", PLOT.value)
     cfg = overlay(get_config(), SET.value)
-    data, console = load_config(CONFIG.value).data, Console()
+    data = load_config(CONFIG.value).data
+    console = Console(width=None if sys.stdout.isatty() else 110)  # a log file has no width
     figures = study(pathlib.Path(WORKDIR.value), data, cfg, console)
     report.print_tables(console, figures)
     cli.write_report("hidden_predictors", "time", figures)

@@ -16,11 +16,11 @@ from moejax.predictors.recording import take
 
 LABELS = {
     "llapor": "LLaPor",
-    "residual": "learned look-ahead",
+    "residual": "look-ahead",
     "history": "history",
     "next_gate": "next gate",
     "token_table": "token table",
-    "bigram": "cross-layer bigram",
+    "bigram": "bigram",
     "previous_token": "previous token",
     "popularity": "popularity",
     "path": "routing path",

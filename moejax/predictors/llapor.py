@@ -37,9 +37,9 @@ class LlaporConfig:
         balance: weight of their load term, see `moejax.predictors.fit_hidden`.
     """
 
-    edge_components: int = 96
+    edge_components: int = 128
     middle_components: int = 128
-    edge_hidden: int = 160
+    edge_hidden: int = 128
     middle_hidden: int = 160
     focal: float = 0.0
     balance: float = 0.0
