@@ -61,10 +61,11 @@ def main() -> None:
     cli.use_cpu_devices(3)
     table = Table("moment", "victim", "others", "longest step s", "largest difference", "holds")
     moments: dict[str, dict[str, Any]] = {}
-    for moment, victim in track(draw_moments(SEED.value), description="dying", transient=True):
+    drawn = list(enumerate(draw_moments(SEED.value), 1))
+    for number, (moment, victim) in track(drawn, description="dying", transient=True):
         with tempfile.TemporaryDirectory() as folder:
             found = judge(run_moment(pathlib.Path(folder), moment, victim), victim)
-        moments[f"{moment}, process {victim}"] = found
+        moments[f"{number}: {moment}, process {victim}"] = found
         longest = found["longest_step_s"]
         table.add_row(
             moment, str(victim), found["others"], "" if longest is None else f"{longest:.1f}",
