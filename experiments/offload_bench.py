@@ -26,6 +26,7 @@ from rich.table import Table
 
 from configs.shapes import get_shape
 from experiments import cli, plot_file
+from experiments.bench.shape_flags import BATCH, BUDGET, SHAPE
 from experiments.generate_steps.model_folder import find_folder
 from experiments.generate_steps.text import read_text
 from experiments.measure import host_fetch_bytes_per_s
@@ -58,21 +59,17 @@ from moejax.offload.budget import parse_budget, solve_slots
 from moejax.offload.store import expert_bytes, to_host
 
 MODEL = flags.DEFINE_string("model", None, "folder of a model; None for random weights of --shape")
-SHAPE = flags.DEFINE_string("shape", "olmoe-400m", "named shape, see configs/shapes.py")
-BATCH = flags.DEFINE_list("batch", ["1", "4", "16"], "sequences decoded side by side")
-BUDGET = flags.DEFINE_string("device_budget", "25%", "device memory: 8GiB, or 25% of experts")
 POLICY = flags.DEFINE_list("policy", list(POLICIES), "which ones to run")
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "text that the sequences begin with")
-PROMPT = flags.DEFINE_integer("prompt", 32, "tokens of each prompt", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 24, "timed steps of each policy", lower_bound=3)
+PROMPT = flags.DEFINE_integer("prompt_tokens", 32, "tokens of each prompt", lower_bound=1)
+STEPS = flags.DEFINE_integer("timed_steps", 24, "timed steps of each policy", lower_bound=3)
 AUTOTUNE = flags.DEFINE_string("autotune", None, "where to save the fastest policy as a plan")
 PLAN = flags.DEFINE_string("plan", None, "run the plan that --autotune saved, and its costs")
-PLOT = flags.DEFINE_string("plot", None, "where to draw; beside --json by default")
 WARMUP = 2  # untimed steps of `interleave`
 
 
 def main() -> None:
-    picture = plot_file.path_of("plot", PLOT.value)
+    picture = plot_file.path_of("plot", None)
     cli.check_writable(AUTOTUNE.value)
     sizes = [one.strip() for one in BATCH.value]
     good = bool(sizes) and all(one.isdecimal() and int(one) > 0 for one in sizes)
@@ -136,7 +133,7 @@ def read_model(batch: int) -> steps.Model:
 
 
 def read_prompts(cfg: DecoderConfig, batch: int) -> np.ndarray:
-    """int32 [batch, --prompt]: equally spaced pieces of the text of `--prompt_file`."""
+    """int32 [batch, --prompt_tokens]: equally spaced pieces of the text of `--prompt_file`."""
     check(PROMPT_FILE.value is not None, "--model wants a --prompt_file to begin with")
     path = pathlib.Path(str(PROMPT_FILE.value))
     text = read_text(find_folder(str(MODEL.value)), cfg.vocab_size)

@@ -1,13 +1,13 @@
 """Experts predicted from routing history alone, 1 to 4 layers ahead, on any recorded routing.
 
     python -m experiments.predictors --trace=deepseek_v2_lite --folds=5 \\
-        --workdir=/tmp/predictors --json=results/predictors_deepseek.json
+        --folds_dir=/tmp/predictors --json=results/predictors_deepseek.json
 
 Sequences (prompts, files) are split into folds; every predictor is counted or fitted on the others
 and judged on the fold. How long the history predictor is fitted is chosen inside the fitting
 sequences (`moejax/predictors/stopping.py`). `docs/predictors.md` defines the figures, which are
 pooled over the tokens of all folds: `recall` {predictor: {horizon: {m}}}, a mean over the target
-layers. With `--workdir` finished folds are kept, and a run that was stopped goes on after them.
+layers. With `--folds_dir` finished folds are kept, and a run that was stopped goes on after them.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from moejax.training.progress import progress_bar
 
 HORIZONS = flags.DEFINE_list("horizons", ["1", "2", "3", "4"], "layers ahead, from 1 on")
 FOLDS = flags.DEFINE_integer("folds", 5, "parts that the sequences are split into")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder that keeps finished folds")
+WORKDIR = flags.DEFINE_string("folds_dir", None, "folder that keeps finished folds")
 CURVES = flags.DEFINE_string("recall_plot", None, "PNG to write; beside --json when not given")
 SET = cli.define_set()
 
@@ -102,12 +102,15 @@ def print_tables(console: Console, figures: dict[str, Any]) -> None:
     """Recall by horizon and size, then the rest of the suite at horizon 1."""
     k = str(figures["top_k"])
     recall = figures["recall"]
-    horizons, sizes = list(recall["history"]), list(recall["history"]["1"])
+    sizes = list(recall["history"]["1"])
     title = f"{figures['model']}: recall@m, {figures['folds']} folds of {figures['sequences']}"
-    headings = [f"@{m} +{h}" for h in horizons for m in sizes]
-    table = Table("predictor", *headings, title=title, title_justify="left")
-    for name, label in LABELS.items():
-        table.add_row(label, *(f"{recall[name][h][m]:.3f}" for h in horizons for m in sizes))
+    headings = [f"@{m}" for m in sizes]
+    table = Table("layers ahead", "predictor", *headings, title=title, title_justify="left")
+    for horizon in recall["history"]:
+        for name, label in LABELS.items():
+            row = recall[name][horizon]
+            table.add_row(horizon, label, *(f"{row[m]:.3f}" for m in sizes))
+        table.add_section()
     console.print(table)
     batch = next(iter(figures["hot_rank"]["history"]["1"]))
     table = Table(

@@ -28,17 +28,19 @@ from moejax.data.routing_trace import RoutingTrace
 from moejax.predictors.coverage import one_hot_sets
 from moejax.predictors.grouping import distinct_experts, similarity, two_groups
 
-BATCHES = flags.DEFINE_list("batches", ["4", "8", "16", "32"], "sequences in each of two batches")
+BATCHES = flags.DEFINE_list(
+    "batch_pairs", ["4", "8", "16", "32"], "sequences in each of two batches"
+)
 TRIALS = flags.DEFINE_integer("trials", 20, "draws of sequences, for every batch")
 LENGTH = flags.DEFINE_integer("length", 32, "tokens decoded, of sequences that have as many")
-SEED = flags.DEFINE_integer("seed", 0, "of the draws")
+SEED = flags.DEFINE_integer("draw_seed", 0, "of the draws")
 DECAY = 0.8  # the better of the history predictor's two averages
 
 
 def parse_batches(texts: list[str]) -> list[int]:
-    """Splits `--batches`."""
+    """Splits `--batch_pairs`."""
     good = all(text.isascii() and text.isdigit() and int(text) > 0 for text in texts)
-    check(good and bool(texts), f"--batches={','.join(texts)}: not positive whole numbers")
+    check(good and bool(texts), f"--batch_pairs={','.join(texts)}: not positive whole numbers")
     return sorted({int(text) for text in texts})
 
 
@@ -91,7 +93,9 @@ def count_batches(trace: RoutingTrace, batches: list[int]) -> dict[str, dict[str
     have, rng = chosen.shape[1], np.random.default_rng(SEED.value)
     figures = {}
     for batch in batches:
-        check(2 * batch <= have, f"--batches={batch}: {have} sequences have {LENGTH.value} tokens")
+        check(
+            2 * batch <= have, f"--batch_pairs={batch}: {have} sequences have {LENGTH.value} tokens"
+        )
         draws = [rng.permutation(have)[: 2 * batch] for _ in range(TRIALS.value)]
         trials = [count_steps(chosen[:, draw], trace.num_experts) for draw in draws]
         figures[str(batch)] = {

@@ -34,7 +34,7 @@ from experiments import cli
 from experiments.bench import offload_gpu_torch
 from experiments.bench.decode import NEW_TOKENS, PROMPT
 from experiments.bench.decode_torch import Work
-from experiments.bench.shape_flags import BATCH, SHAPE
+from experiments.bench.shape_flags import BATCH, BUDGET, SHAPE
 from experiments.generate_steps import decode
 from experiments.measure import host_fetch_bytes_per_s
 from moejax.core.errors import check
@@ -50,7 +50,6 @@ from moejax.offload.store import EXPERT_SPEC
 from moejax.serving import prediction
 from moejax.serving.engine import make_engine
 
-BUDGET = flags.DEFINE_string("device_budget", "24GiB", "device memory of either side")
 LANES = flags.DEFINE_integer("prefetch_lanes", 0, "next-gate prefetches per layer", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "of the weights", lower_bound=0)
 SIDES = ("moejax", "accelerate")
@@ -213,4 +212,5 @@ def show(figures: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     flags.set_default(SHAPE, "mixtral-8x7b")
+    flags.set_default(BUDGET, "24GiB")
     cli.run(main)

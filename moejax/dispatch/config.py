@@ -76,11 +76,9 @@ class DispatchConfig:
 
     def stage(self, num_experts: int, gate: str, token_axes: tuple[str, ...]) -> Stage:
         """The stage for use inside `shard_map`; raises `InputError` for an invalid gate."""
-        backend = jax.default_backend()
-        check(
-            self.lowering != "multicast" or backend == "gpu",
-            f"lowering={self.lowering!r} wants GPUs, this is {backend}",
-        )
+        if self.lowering == "multicast":  # asking starts the backend: only where it matters
+            backend = jax.default_backend()
+            check(backend == "gpu", f"lowering='multicast' wants GPUs, this is {backend}")
         names = inspect.signature(STRATEGIES[self.strategy].build).parameters
         options: dict[str, Any] = {"token_axes": token_axes}
         if "levels" in names:

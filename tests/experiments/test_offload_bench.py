@@ -32,7 +32,7 @@ def test_a_plan_is_run_and_reported(tmp_path):
     """Fetches of LRU at half the budget: counts as simulated, tokens as resident."""
     plan = tmp_path / "plan.json"
     plan.write_text(plan_json(POLICIES["lru"], COSTS, {"why": "test"}))
-    line = "--shape=tiny --batch=2 --steps=5 --prompt=4 --device_budget=50%"
+    line = "--shape=tiny --batch=2 --timed_steps=5 --prompt_tokens=4 --device_budget=50%"
     run_main(offload_bench, f"{line} --plan={plan} --json={tmp_path}/out.json")
     report = json.loads((tmp_path / "out.json").read_text())
     found = report["figures"]["batch"]["2"]

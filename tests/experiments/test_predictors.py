@@ -46,7 +46,7 @@ def test_wrong_input_is_refused_in_one_line(line):
 
 
 def test_folds_are_judged_and_kept(trace, tmp_path, capsys):
-    line = f"--trace={trace} {SMALL} --workdir={tmp_path}/kept --json={tmp_path}/out.json"
+    line = f"--trace={trace} {SMALL} --folds_dir={tmp_path}/kept --json={tmp_path}/out.json"
     run_main(predictors, line)
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     recall = figures["recall"]

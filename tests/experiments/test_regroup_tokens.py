@@ -11,10 +11,10 @@ from moejax.data.routing_trace import from_recorded, save_trace
 from tests.experiments.test_routing_consistency import run_main
 
 REFUSED = {
-    "--trace=gptoss --batches=0": "--batches=0: not positive whole numbers",
+    "--trace=gptoss --batch_pairs=0": "--batch_pairs=0: not positive whole numbers",
     "--trace=gptoss --trials=0": "--trials=0 is not at least 1",
     "--trace=gptoss --length=999": "--length=999: the longest sequence has",
-    "--trace=gptoss --length=16 --batches=4": "--batches=4: 1 sequences have 16 tokens",
+    "--trace=gptoss --length=16 --batch_pairs=4": "--batch_pairs=4: 1 sequences have 16 tokens",
 }
 
 
@@ -33,7 +33,7 @@ def test_two_kinds_of_sequences_are_told_apart(tmp_path):
     idx = sets.reshape(3, 16 * 8, 2)
     trace = from_recorded(idx, num_experts=8, expert_bytes=1, sequence_lengths=[8] * 16)
     save_trace(tmp_path / "kinds.npz", trace)
-    line = f"--trace={tmp_path}/kinds.npz --batches=8 --length=8 --trials=2"
+    line = f"--trace={tmp_path}/kinds.npz --batch_pairs=8 --length=8 --trials=2"
     run_main(regroup_tokens, f"{line} --json={tmp_path}/out.json")
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     row = figures["distinct_experts"]["8"]
