@@ -4,6 +4,7 @@
         --json=results/offload_bench.json
     python -m experiments.offload_bench --model=FOLDER --prompt_file=TEXT --autotune=plan.json
     python -m experiments.offload_bench --model=FOLDER --plan=plan.json
+    python -m experiments.offload_bench --model=FOLDER --fitted=PREDICTOR --policy=lru,next_gate
 
 All policies decode the same sequences, step by step in turns, with the same budget. The bound of a
 step: where one processor computes and copies (CPU), the resident step plus the copies of what the
@@ -57,6 +58,9 @@ from moejax.models.experts import split_experts
 from moejax.models.footprint import footprint
 from moejax.offload.budget import parse_budget, solve_slots
 from moejax.offload.store import expert_bytes, to_host
+from moejax.predictors.store import restore_predictor
+from moejax.serving import prediction
+from moejax.serving.prediction import Prediction
 
 MODEL = flags.DEFINE_string("model", None, "folder of a model; None for random weights of --shape")
 POLICY = flags.DEFINE_list("policy", list(POLICIES), "which ones to run")
@@ -64,6 +68,9 @@ PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "text that the sequences 
 PROMPT = flags.DEFINE_integer("prompt_tokens", 32, "tokens of each prompt", lower_bound=1)
 STEPS = flags.DEFINE_integer("timed_steps", 24, "timed steps of each policy", lower_bound=3)
 AUTOTUNE = flags.DEFINE_string("autotune", None, "where to save the fastest policy as a plan")
+FITTED = flags.DEFINE_string(
+    "fitted", None, "folder of a fitted predictor; None for the next layer's own gate"
+)
 PLAN = flags.DEFINE_string("plan", None, "run the plan that --autotune saved, and its costs")
 WARMUP = 2  # untimed steps of `interleave`
 
@@ -79,6 +86,7 @@ def main() -> None:
     planned = None if PLAN.value is None else read_plan(PLAN.value)
     policies = get_policies(POLICY.value) if planned is None else [planned[0]]
     model = read_model(max(map(int, sizes)))
+    ahead = read_prediction(model)
     link = host_fetch_bytes_per_s(to_host(model.experts, model.mesh), experts=16)
     costs = planned[1] if planned else measure_costs(model.experts, model.cfg.moe.router.top_k)
     figures: dict[str, Any] = {
@@ -89,7 +97,7 @@ def main() -> None:
     }
     for size in map(int, sizes):
         cut = dataclasses.replace(model, prompts=model.prompts[:size])
-        found = compare(cut, policies, budget, costs, link)
+        found = compare(cut, policies, budget, costs, link, ahead)
         figures["batch"][str(size)] = found
         fastest = min(policies, key=lambda p: found["policies"][p.name]["ms_per_step"])
         figures["chosen_policy"][str(size)] = fastest.name
@@ -100,6 +108,7 @@ def main() -> None:
     if picture:
         plot(figures, picture)
     record = {"model": name_of_model(), "device_budget": BUDGET.value} | figures
+    record["predictor"] = FITTED.value or "next_gate"
     cli.write_report("offload_bench", "time", record)
     plot_file.print_written(Console(), picture)
 
@@ -132,6 +141,13 @@ def read_model(batch: int) -> steps.Model:
     )
 
 
+def read_prediction(model: steps.Model) -> Prediction:
+    """What policies with lanes fetch by, whatever their name says: `--fitted`, or next gate."""
+    if FITTED.value is None:
+        return prediction.next_gate(model.params, model.cfg)
+    return prediction.fitted(restore_predictor(FITTED.value), model.params, model.cfg)
+
+
 def read_prompts(cfg: DecoderConfig, batch: int) -> np.ndarray:
     """int32 [batch, --prompt_tokens]: equally spaced pieces of the text of `--prompt_file`."""
     check(PROMPT_FILE.value is not None, "--model wants a --prompt_file to begin with")
@@ -150,6 +166,7 @@ def compare(
     budget: float | int | None,
     costs: MissCosts,
     link: float,
+    ahead: Prediction,
 ) -> dict[str, Any]:
     """All policies and resident at one batch size, in turns."""
     resident = steps.resident_arm(model)
@@ -165,7 +182,7 @@ def compare(
     arms = {steps.RESIDENT: steps.resident_arm(model)}
     for policy in policies:
         arms[policy.name] = steps.offloaded_arm(
-            model, policy, stores[policy.column_parts], slots, costs, hot
+            model, policy, stores[policy.column_parts], slots, costs, hot, ahead
         )
     seconds = steps.time_arms(arms, steps=STEPS.value)
     same = steps.check_tokens(arms, {one.name: one for one in policies})

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
+from experiments.flag_values import parse_numbers
 from experiments.traces import TRACE, open_trace
 from moejax.core.errors import InputError, check
 from moejax.data.routing_trace import RoutingTrace
@@ -35,13 +36,6 @@ TRIALS = flags.DEFINE_integer("trials", 20, "draws of sequences, for every batch
 LENGTH = flags.DEFINE_integer("length", 32, "tokens decoded, of sequences that have as many")
 SEED = flags.DEFINE_integer("draw_seed", 0, "of the draws")
 DECAY = 0.8  # the better of the history predictor's two averages
-
-
-def parse_batches(texts: list[str]) -> list[int]:
-    """Splits `--batch_pairs`."""
-    good = all(text.isascii() and text.isdigit() and int(text) > 0 for text in texts)
-    check(good and bool(texts), f"--batch_pairs={','.join(texts)}: not positive whole numbers")
-    return sorted({int(text) for text in texts})
 
 
 def decoded(trace: RoutingTrace, length: int) -> np.ndarray:
@@ -106,7 +100,7 @@ def count_batches(trace: RoutingTrace, batches: list[int]) -> dict[str, dict[str
 
 def main() -> None:
     cli.check_writable(cli.JSON.value)
-    batches = parse_batches(BATCHES.value)
+    batches = parse_numbers("batch_pairs", BATCHES.value)
     check(TRIALS.value >= 1, f"--trials={TRIALS.value} is not at least 1")
     trace, _ = open_trace(TRACE.value)
     console = Console()

@@ -20,12 +20,12 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from experiments import cli, plot_file
+from experiments.flag_values import parse_fraction, parse_numbers
 from experiments.simulate_plot import plot
 from experiments.traces import MODELS, Model, open_trace
 from moejax.core.errors import InputError, check
 from moejax.costmodel.hardware import MACHINES, get_machine
 from moejax.data.routing_trace import RoutingTrace
-from moejax.offload.budget import parse_budget
 from moejax.simulator.plan_search import Case, run_case, split_steps
 from moejax.simulator.plans import FIXED, ablation_plans, slots_of_fraction
 from moejax.simulator.step_times import StepTimes, simulate
@@ -53,21 +53,6 @@ class Input:
     test: Workload
     slots: int
     is_cut: bool
-
-
-def parse_fraction(text: str) -> float:
-    """`25%` -> 0.25."""
-    budget = parse_budget(text)
-    if not isinstance(budget, float):
-        raise InputError(f"--experts_on_device={text} is not a percentage such as 25%")
-    return budget
-
-
-def parse_batches(texts: list[str]) -> list[int]:
-    """Splits `--batches`."""
-    good = bool(texts) and all(t.isascii() and t.isdigit() and int(t) > 0 for t in texts)
-    check(good, f"--batches={','.join(texts)}: not positive whole numbers")
-    return sorted({int(text) for text in texts})
 
 
 def facts_of(name: str) -> Model:
@@ -217,7 +202,8 @@ def run_cases(console: Console, inputs: list[Input]) -> dict[str, Any]:
 
 
 def main() -> None:
-    batches, fraction = parse_batches(BATCHES.value), parse_fraction(EXPERTS.value)
+    batches = parse_numbers("batches", BATCHES.value)
+    fraction = parse_fraction("experts_on_device", EXPERTS.value)
     plot_path = plot_file.path_of("times_plot", TIMES.value)
     for name in HARDWARE.value:
         get_machine(name)

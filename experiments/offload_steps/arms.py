@@ -19,7 +19,7 @@ from moejax.models.decoder import DecoderParams
 from moejax.offload.columns import split_columns
 from moejax.offload.store import expert_bytes, to_host
 from moejax.serving.engine import Engine, make_engine
-from moejax.serving.prediction import next_gate
+from moejax.serving.prediction import Prediction
 
 RESIDENT = "resident"
 
@@ -88,13 +88,16 @@ def offloaded_arm(
     slots: int,
     costs: MissCosts,
     hot: np.ndarray,
+    ahead: Prediction,
 ) -> Arm:
-    """An arm of `policy` with `slots` whole experts on the device; `hot` fills a static cache."""
+    """An arm of `policy` with `slots` whole experts on the device; `hot` fills a static cache.
+
+    Policies with lanes fetch what `ahead` predicts.
+    """
     offload = policy.config(slots, model.cfg.num_moe_layers, costs)
-    prediction = next_gate(model.params, model.cfg) if policy.lanes else None
     engine = make_engine(
         model.params, store, model.cfg, model.mesh, capacity=model.capacity,
-        offload=offload, prediction=prediction,
+        offload=offload, prediction=ahead if policy.lanes else None,
     )  # fmt: skip
     return Arm(engine, model, hot if policy.keep == "static" else None)
 

@@ -74,3 +74,40 @@ def lanes_without_harm(
     wasted = np.cumsum(1 - np.asarray(expected_hits)) * (1 - cached)
     fine = [prefetch_helps(float(q), tau_s, window_s) for q in wasted]
     return next((i for i, good in enumerate(fine) if not good), len(fine))
+
+
+def prefetch_gain_s(precision: np.ndarray, *, tau_s: float, window_s: float) -> np.ndarray:
+    """Expected seconds that a link-bound layer gains by 0, 1, ... m prefetches, float64 [m + 1].
+
+        gain(n) = min(w, n tau) - tau * sum over r <= n of (1 - precision[r])
+
+    The link works through the window w in which it would idle, and what it moved in vain the
+    layer's misses wait for. All n transfers are ended, whatever the router then says.
+
+    Args:
+        precision: how often the r-th best guess among experts that are not cached is wanted,
+            float [m] in [0, 1].
+        tau_s: seconds of one transfer. window_s: from the end of one layer's misses to the next
+            layer's router.
+    """
+    precision = np.asarray(precision, np.float64)
+    good = precision.ndim == 1 and bool(((precision >= 0) & (precision <= 1)).all())
+    check(good, f"precision={precision.tolist()} is no list of shares between 0 and 1")
+    check(tau_s > 0 and window_s >= 0, f"tau_s={tau_s}, window_s={window_s}")
+    count = np.arange(len(precision) + 1)
+    wasted = np.concatenate([[0.0], np.cumsum(1 - precision)])
+    return np.minimum(window_s, count * tau_s) - tau_s * wasted
+
+
+def best_lanes(precision: np.ndarray, *, tau_s: float, window_s: float) -> int:
+    """The number of prefetches worth having: the most `prefetch_gain_s`, the fewest of equals.
+
+    Up to w / tau every guess is free. The one that crosses the window's end pays when it is right
+    more often than the share of it that lies outside. No later one gains anything, and 0 is always
+    there to choose, so the choice does no harm.
+
+    >>> precision = np.array([0.95, 0.9, 0.8, 0.6])
+    >>> [best_lanes(precision, tau_s=1.0, window_s=w) for w in (0.0, 0.04, 0.06, 1.5, 2.1, 9.0)]
+    [0, 0, 1, 2, 2, 4]
+    """
+    return int(np.argmax(prefetch_gain_s(precision, tau_s=tau_s, window_s=window_s)))

@@ -21,6 +21,7 @@ class Plan:
     # gate: the predicted experts, and the layer waits for them. layer: all of the next layer's.
     # slack: predicted ones as long as no miss waits.
     prefetch: Prefetch = "none"
+    lanes: int | None = None  # most prefetches of a layer; None for all that are predicted
     parts: int = 1  # transfers of an expert; a started one is not interrupted
     admission: bool = False  # an idle link swaps experts by moving average
     quotas: bool = False  # slots per layer by dynamic programming instead of equal ones

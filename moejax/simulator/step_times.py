@@ -233,9 +233,9 @@ def _predict(run: _Run, s: int, layer: int, lanes: int | None) -> None:
     queue = wanted_order(predicted, run.cache.scores[layer + 1], among)
     if plan.prefetch == "slack" and plan.serve == "fetch":
         tau_s = run.costs[layer + 1].fetch_s / plan.parts  # what a wrong start holds up
-        hits = np.full(len(queue), run.work.recall)
+        hits = run.work.precision[: len(queue)]
         lanes = lanes_without_harm(hits, 0.0, tau_s=tau_s, window_s=run.attention_s)
-    link.queue = tuple(queue[:lanes].tolist())
+    link.queue = tuple(queue[:lanes][: plan.lanes].tolist())
     link.is_firm = plan.prefetch in ("gate", "layer")
 
 

@@ -31,9 +31,9 @@ class Workload:
     """What steps want, what a predictor says they will, and what was wanted before them."""
 
     tokens: np.ndarray  # int64 [N, L, E], of the step, that each expert serves
-    predicted: np.ndarray  # int64 [N, L, E], the same as a predictor sees it one layer ahead
+    predicted: np.ndarray  # [N, L, E], the same as a predictor sees it one layer ahead
     past: np.ndarray  # int64 [L, E], uses before the first step: seeds caches
-    recall: float  # stated recall of the predictor
+    precision: np.ndarray  # float64 [m], how often its r-th best guess is wanted
     expert_bytes: np.ndarray  # int64 [L]
     dense_bytes: float  # of a layer's weights that every step reads
     bits_per_weight: float
@@ -85,6 +85,7 @@ def make_workload(
 
     The predictor keeps each choice with probability `recall`; what it misses it replaces by a
     near-miss, an expert that the token did not choose, drawn in proportion to its past uses.
+    `simulator.predictions` puts those of a real predictor in their place.
     """
     check(0 <= recall <= 1, f"recall={recall} is not between 0 and 1")
     check_seed(seed)
@@ -103,7 +104,7 @@ def make_workload(
         tokens=count_tokens(chosen, e),
         predicted=count_tokens(np.where(kept, chosen, near), e),
         past=uses,
-        recall=recall,
+        precision=np.full(e, recall),
         expert_bytes=lanes.expert_bytes,
         dense_bytes=dense_bytes,
         bits_per_weight=bits_per_weight,

@@ -71,8 +71,9 @@ def test_a_split_is_faster_than_either_and_everything_resident_needs_neither(wor
 
 
 def test_perfect_predictions_in_parts_do_no_harm_and_firm_wrong_ones_do(work):
-    perfect = dataclasses.replace(work, predicted=work.tokens, recall=1.0)
-    wrong = dataclasses.replace(work, predicted=np.where(work.tokens > 0, 0, 1), recall=0.0)
+    perfect = dataclasses.replace(work, predicted=work.tokens, precision=np.ones(16))
+    never = np.where(work.tokens > 0, 0, 1)
+    wrong = dataclasses.replace(work, predicted=never, precision=np.zeros(16))
     blind = Plan(name="", serve="columns", keep="static", parts=16)
     ahead = dataclasses.replace(blind, prefetch="slack")
     base = simulate(work, MACHINE, blind, slots=12)

@@ -1,0 +1,1 @@
+"""The parts of `experiments/predictor_effect.py`, one file each."""
