@@ -4,9 +4,10 @@
     python -m experiments.generate --model=org/name --chat --prompt="Why is the sky blue?"
 
 `--model` is a Hugging Face folder or repository, or a folder of moejax's checkpoints. With a budget
-the experts stay in host memory and travel to the device as they are wanted. Several `--prompt` are
-one batch; each gives exactly what it gives alone. Text appears as it is generated, and at the end
-what limited the run.
+the experts stay in host memory and travel to the device as they are wanted; with
+`--experts_on_disk=folder` they stay in files there, which are written first where they are missing.
+Several `--prompt` are one batch; each gives exactly what it gives alone. Text appears as it is
+generated, and at the end what limited the run.
 """
 
 import math
@@ -41,6 +42,9 @@ FITTED = flags.DEFINE_string("predictor_dir", None, "folder of a learned or hist
 LANES = flags.DEFINE_integer("prefetch_lanes", 4, "experts fetched ahead per layer by a predictor")
 EXPERTS = flags.DEFINE_enum(
     "experts_dtype", None, FORMATS, "quantise the experts as they are read: smaller, not the same"
+)
+ON_DISK = flags.DEFINE_string(
+    "experts_on_disk", None, "folder to serve the experts from: models larger than host memory"
 )
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of weights; default: as stored")
 CHAT = flags.DEFINE_bool("chat", False, "put each prompt into the checkpoint's chat template")
@@ -79,10 +83,11 @@ def main() -> None:
 
 
 def about_experts() -> dict[str, str]:
-    """What a report says of experts that are not those of the checkpoint."""
+    """What a report says of experts that are not in memory, or not those of the checkpoint."""
+    where = {} if ON_DISK.value is None else {"experts_on_disk": ON_DISK.value}
     if EXPERTS.value is None:
-        return {}
-    return {
+        return where
+    return where | {
         "experts_dtype": EXPERTS.value,
         "outputs": f"lossy: of experts in {EXPERTS.value}, not of the full weights",
     }
@@ -97,10 +102,16 @@ def check_flags() -> None:
         f"--temperature={TEMPERATURE.value} must be finite and not negative",
     )
     check(0 < TOP_P.value <= 1, f"--top_p={TOP_P.value} must be above 0 and at most 1")
-    check(LANES.value >= 1, f"--prefetch_lanes={LANES.value} must be at least 1")
+    least = 1 if ON_DISK.value is None else 0  # what is announced is read ahead without lanes
+    check(LANES.value >= least, f"--prefetch_lanes={LANES.value} must be at least {least}")
     check_seed(SEED.value)
     predictor.check_flags(PREDICTOR.value, FITTED.value)
     budget = parse_budget(BUDGET.value)
+    check(ON_DISK.value != "", "--experts_on_disk= names no folder")
+    check(
+        ON_DISK.value is None or budget is not None,
+        f"--experts_on_disk={ON_DISK.value} wants a --device_budget: what the device may hold",
+    )
     check(
         PREDICTOR.value == "none" or budget is not None,
         f"--predictor={PREDICTOR.value} wants a --device_budget: without one nothing is fetched",
@@ -143,6 +154,7 @@ def load_model(source: Source, prompts: list[list[int]], learned: Predictor | No
             capacity=max(len(prompt) for prompt in prompts) + NEW.value,
             lanes=LANES.value if PREDICTOR.value != "none" else 0,
             predictor_bytes=kept,
+            experts_on_disk=ON_DISK.value,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
 

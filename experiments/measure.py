@@ -10,6 +10,8 @@ import numpy as np
 
 from moejax.core.memory import fetch_rows
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.offload.disk import DiskExperts
+from moejax.offload.source import Store
 from moejax.offload.store import expert_bytes, flatten
 
 
@@ -63,3 +65,23 @@ def host_fetch_bytes_per_s(store: GatedWeights, experts: int = 64, repeats: int 
         return state[0]
 
     return experts * expert_bytes(store) / best_seconds(run, repeats)
+
+
+def page_cache_bytes_per_s(disk: DiskExperts, experts: int = 16, repeats: int = 7) -> float:
+    """Best rate at which rows are copied out of files that the page cache holds."""
+    total = disk.shapes.w_gate.shape[0] * disk.shapes.w_gate.shape[1]
+    ids = np.random.default_rng(0).integers(0, total, experts)
+    rows = jax.tree.map(np.array, disk.row(0))
+
+    def run():
+        for granule in ids:
+            jax.tree.map(np.copyto, rows, disk.row(granule))
+
+    return experts * expert_bytes(disk.shapes) / best_seconds(run, repeats)
+
+
+def fetch_bytes_per_s(store: Store) -> float:
+    """Best rate at which a missing expert comes: from host memory, or from the page cache."""
+    if isinstance(store, DiskExperts):
+        return page_cache_bytes_per_s(store)
+    return host_fetch_bytes_per_s(store)

@@ -52,6 +52,7 @@ from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
 from moejax.costmodel.miss import MissCosts
 from moejax.interop.load import load
+from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import init_decoder
 from moejax.models.experts import split_experts
@@ -130,6 +131,7 @@ def read_model(batch: int) -> steps.Model:
     else:
         loaded = load(find_folder(MODEL.value), mesh=mesh)
         cfg, params, experts = loaded.cfg, loaded.params, loaded.experts
+        assert isinstance(experts, GatedWeights), "nothing was asked to be on disk"
         tokens = read_prompts(cfg, batch)
     return steps.Model(
         cfg=cfg,

@@ -28,6 +28,7 @@ from moejax.core.mesh import make_mesh
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import init_decoder
 from moejax.models.footprint import step_read_bytes
+from moejax.offload.source import shapes_of
 from moejax.offload.stage import OffloadConfig
 from moejax.offload.store import to_host
 from moejax.serving.engine import Engine, make_engine, split_experts
@@ -105,7 +106,8 @@ def main() -> None:
     capacity = ROUNDS.value + 8
     engines, granules = make_engines(cfg, capacity)
     bandwidth = stream_read_bytes_per_s()
-    weights = engines["resident"].params, engines["resident"].experts
+    engine = engines["resident"]
+    weights = engine.params, shapes_of(engine.experts)
     figures = {"overhead_all_cached": {}, "stream_read_gb_per_s": bandwidth / 1e9, "batch": {}}
     table = Table("batch", "resident ms", "cached ms", "cached / resident", "bound ms")
     for batch in batches:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.measure import host_fetch_bytes_per_s, stream_read_bytes_per_s
+from experiments.measure import fetch_bytes_per_s, stream_read_bytes_per_s
 from moejax.costmodel.limits import limit_report
 from moejax.models.footprint import step_read_bytes
+from moejax.offload.source import shapes_of
 from moejax.offload.store import expert_bytes
 from moejax.serving.engine import Engine
 
@@ -88,13 +89,14 @@ def figures(engine: Engine, result: Generated) -> dict[str, Any]:
     if result.metrics is None:
         return report
     steps, batch = len(result.step_s), len(result.tokens)
-    seconds, expert = float(np.median(result.step_s)), expert_bytes(engine.experts)
+    shapes = shapes_of(engine.experts)
+    seconds, expert = float(np.median(result.step_s)), expert_bytes(shapes)
     total = result.metrics
     moved = float(total.demand_fetches + total.prefetches) * expert / steps
-    read = step_read_bytes(engine.params, engine.experts, float(total.lookups) / steps)
+    read = step_read_bytes(engine.params, shapes, float(total.lookups) / steps)
     limit = limit_report(
         bytes_per_step=moved,
-        link_bytes_per_s=host_fetch_bytes_per_s(engine.experts) if moved else 1.0,
+        link_bytes_per_s=fetch_bytes_per_s(engine.experts) if moved else 1.0,
         device_s=read / stream_read_bytes_per_s(),
         measured_s=seconds,
     )

@@ -17,6 +17,7 @@ from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.offload.columns import split_columns
+from moejax.offload.source import shapes_of
 from moejax.offload.store import expert_bytes, to_host
 from moejax.serving.engine import Engine, make_engine
 from moejax.serving.prediction import Prediction
@@ -112,7 +113,8 @@ def arm_figures(
     arm: Arm, seconds: float, resident_s: float, copy_s: float, costs: MissCosts, *, skip: int
 ) -> dict[str, Any]:
     """What a policy was worth. `copy_s` moves a whole expert at the best measured rate."""
-    parts = arm.engine.experts.w_gate.shape[1] // arm.engine.cfg.moe.num_experts
+    shapes = shapes_of(arm.engine.experts)
+    parts = shapes.w_gate.shape[1] // arm.engine.cfg.moe.num_experts
     lookups, hits, fetches, prefetches, wasted, on_host = (
         arm.count(name, skip)
         for name in (
@@ -122,7 +124,7 @@ def arm_figures(
     batch = len(arm.tokens[0])
     moved, missing = (fetches + prefetches) / parts, (fetches + on_host) / parts
     bound_s = _bound_s(arm, resident_s, moved, missing, copy_s, costs)
-    whole = expert_bytes(arm.engine.experts) * parts
+    whole = expert_bytes(shapes) * parts
     return {
         "ms_per_step": 1e3 * seconds,
         "tokens_per_s": batch / seconds,

@@ -24,6 +24,7 @@ from moejax.core.memory import nbytes
 from moejax.costmodel.limits import limit_report
 from moejax.data.text import Split
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.offload.source import shapes_of
 from moejax.offload.store import expert_bytes
 from moejax.serving.config import DecodeConfig
 from moejax.serving.engine import Engine
@@ -109,7 +110,7 @@ def _summarize(run: _Run, slots: int, bandwidths: Bandwidths) -> ModeResult:
     seconds = float(np.median(run.seconds[1:]))
     totals = jax.tree.map(lambda *leaves: np.stack(leaves).sum(), *run.metrics)
     steps, batch = len(run.metrics), len(run.tokens[0])
-    expert = expert_bytes(run.engine.experts)
+    expert = expert_bytes(shapes_of(run.engine.experts))
     moved = (totals.demand_fetches + totals.prefetches) * expert
     read = nbytes(run.engine.params) + totals.lookups / steps * expert
     limit = limit_report(

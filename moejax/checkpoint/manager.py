@@ -7,7 +7,6 @@ so that a server restores them without reading the optimizer; `extra` is JSON.
 
 import contextlib
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 
-from moejax.core.disk import writing
+from moejax.core.disk import check_free, writing
 from moejax.core.errors import InputError, check
 from moejax.core.memory import nbytes
 
@@ -75,14 +74,7 @@ def finish(manager: ocp.CheckpointManager) -> None:
 
 def check_free_disk(path: str | pathlib.Path, trees: PyTree, *, copies: int = 3) -> None:
     """Raises `InputError` now rather than at the first save: two kept and one being written."""
-    folder = pathlib.Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    want, have = copies * nbytes(trees) / 2**20, shutil.disk_usage(folder).free / 2**20
-    check(
-        have >= want,
-        f"no free disk: {copies} checkpoints in {path} want {want:.0f} MiB, found {have:.0f} MiB",
-    )
+    check_free(f"{copies} checkpoints", path, copies * nbytes(trees))
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int:

@@ -26,6 +26,7 @@ from moejax.interop.hf.load import (
     open_model,
 )
 from moejax.interop.hf.plan import Place, group_entry, places
+from moejax.interop.on_disk import keep_on_disk, load_on_disk
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.kernels.quantized import Format, is_quantized, whole_matrix
 from moejax.layers.moe import MoEParams
@@ -35,6 +36,8 @@ from moejax.models.experts import split_experts, stacking_copies, without_expert
 from moejax.models.footprint import plan_offload
 from moejax.models.restore import ExpertMemory, read_model_config, restore_params
 from moejax.offload.budget import parse_budget
+from moejax.offload.disk import DiskExperts
+from moejax.offload.source import Store
 from moejax.offload.stage import OffloadConfig
 
 # What a checkpoint of an imported model keeps of its source, in its extra.
@@ -47,7 +50,8 @@ class LoadedModel:
 
     Attributes:
         params: without experts, on every device of `mesh`.
-        experts: [Lm, E, ...], in `pinned_host` where there is an `offload`, else on the device.
+        experts: [Lm, E, ...], in `pinned_host` where there is an `offload`, else on the device; or
+            the folder on disk that was asked for.
         offload: the cache that the budget leaves; None without a budget.
         capacity: positions of the KV cache that the budget was solved for.
         context: positions that the model was made for, 0 where nothing says it.
@@ -55,7 +59,7 @@ class LoadedModel:
 
     cfg: DecoderConfig
     params: DecoderParams
-    experts: GatedWeights
+    experts: Store
     mesh: Mesh
     offload: OffloadConfig | None
     capacity: int
@@ -108,6 +112,7 @@ def load(
     capacity: int | None = None,
     lanes: int = 0,
     predictor_bytes: int = 0,
+    experts_on_disk: str | pathlib.Path | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """The model in a folder: config.json and safetensors, or checkpoints of moejax.
@@ -124,12 +129,16 @@ def load(
             positions, or the model's context where that is shorter.
         lanes: experts fetched ahead per layer; wants a prediction when the engine is made.
         predictor_bytes: what that prediction adds to the model on the device; the budget holds it.
+        experts_on_disk: a folder that the experts are served from, for models larger than host
+            memory; wants a budget. What the folder does not have yet is written first; of a Hugging
+            Face folder without holding it. See `interop.on_disk`.
         progress: called with bytes done and in all.
 
     Raises `InputError` for a wrong or damaged checkpoint, a capacity past the model's context and
     a budget that is too small, with the smallest one.
     """
     wanted = None if budget is None else parse_budget(budget)
+    check(wanted is not None or experts_on_disk is None, "experts on disk want a device budget")
     check(batch >= 1, f"batch={batch} must be at least 1")
     check(capacity is None or capacity >= 1, f"capacity={capacity} must be at least 1")
     mesh = make_mesh() if mesh is None else mesh
@@ -145,17 +154,35 @@ def load(
     abstract = abstract_model(cfg, mesh=mesh, expert_memory=memory, experts_dtype=experts_dtype)
     room: Any = dict(batch=batch, capacity=capacity, lanes=lanes, predictor_bytes=predictor_bytes)
     offload = plan_offload(wanted, cfg, *abstract, mesh, **room)
-    found = read_model(
-        source, mesh=mesh, experts_dtype=experts_dtype, expert_memory=memory, progress=progress
-    )
+    how: Any = dict(mesh=mesh, experts_dtype=experts_dtype, progress=progress)
+    if experts_on_disk is None:
+        found = read_model(source, expert_memory=memory, **how)
+        params, experts = found.params, found.experts
+    else:
+        params, experts = _read_to_disk(source, pathlib.Path(experts_on_disk), **how)
     return LoadedModel(
-        cfg=found.cfg,
-        params=found.params,
-        experts=found.experts,
+        cfg=cfg,
+        params=params,
+        experts=experts,
         mesh=mesh,
         offload=offload,
         capacity=capacity,
         context=context,
+    )
+
+
+def _read_to_disk(
+    source: Source, folder: pathlib.Path, *, mesh: Mesh, experts_dtype: Format | None, progress
+) -> tuple[DecoderParams, DiskExperts]:
+    """The weights that are no experts, and the experts in `folder`.
+
+    A checkpoint of moejax is restored whole before.
+    """
+    if source.hf is None:
+        found = _restore(source, mesh, "pinned_host", experts_dtype)
+        return found.params, keep_on_disk(found, folder)
+    return load_on_disk(
+        source.hf, folder, mesh=mesh, experts_dtype=experts_dtype, progress=progress
     )
 
 

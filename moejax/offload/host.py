@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from moejax.core.host_compute import on_host
 from moejax.kernels.grouped_ffn import run_chunks
 from moejax.kernels.vma import vary_together
+from moejax.offload.source import HostSource
 from moejax.offload.waves import Call
 
 
@@ -24,12 +25,14 @@ def run_on_host(call: Call) -> jax.Array:
 
     Cost: `num_missing - num_moved` experts read from host memory; 2 * M * D values cross the link.
     """
-    work = call.work
+    work, source = call.work, call.source
+    assert isinstance(source, HostSource), "the host computes out of its own memory"
     first, end = work.num_cached + work.num_moved, work.num_cached + work.num_missing
     granules = work.layer * work.wanted.shape[0] + work.order
 
     plan = call.plan
-    operands = (call.store, call.xs, granules, plan, plan.first_chunk[first], plan.first_chunk[end])
+    begin, stop = plan.first_chunk[first], plan.first_chunk[end]
+    operands = (source.rows, call.xs, granules, plan, begin, stop)
     with jax.named_scope("offload_host"):
         # What runs on a host is lowered for CPU, but the compilers of TPUs fail on gathers there.
         return jax.lax.platform_dependent(

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moejax.core.memory import fetch_rows
 from moejax.core.structs import Routing
 from moejax.experts.shard import first_expert
 from moejax.kernels.grouped_ffn import GatedWeights
@@ -31,6 +30,7 @@ from moejax.offload.slots import (
     layer_slot_of,
     write_row,
 )
+from moejax.offload.source import Source
 from moejax.routing.losses import valid_tokens
 
 # (x [T, D], routing over all experts, layer, predictor state) -> (scores [T, E_all] of layer + 1,
@@ -44,8 +44,7 @@ class LookAhead:
     """How the next layer's experts are predicted and fetched."""
 
     scorer: Scorer | None  # None fetches nothing
-    store: GatedWeights  # host leaves [N, ...]
-    num_experts: int  # of this rank
+    source: Source
     mode: FetchMode
     axis: str | None  # mesh axis that the experts are sharded over
 
@@ -129,10 +128,7 @@ def choose(
     experts of layer 0, for the next token.
     """
     num_experts = votes.shape[0]
-    num_layers = table.slot_of.shape[0] // num_experts
-    is_last = layer + 1 == num_layers
-    target = jnp.where(is_last, 0, layer + 1)
-    cached = layer_slot_of(table, target, num_experts) >= 0
+    target, is_last, cached = _next_layer(table, layer, num_experts)
     if mode == "missing":
         vote, expert = jax.lax.top_k(jnp.where(cached, -1.0, votes), lanes)
         live = (vote >= 1.0) & ~is_last
@@ -145,18 +141,33 @@ def choose(
     return target * num_experts + expert.astype(jnp.int32), live
 
 
+def predicted(votes: jax.Array, table: SlotTable, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The granules [E] of `layer + 1`, and which some token is predicted to choose and miss."""
+    num_experts = votes.shape[0]
+    target, is_last, cached = _next_layer(table, layer, num_experts)
+    granules = target * num_experts + jnp.arange(num_experts, dtype=jnp.int32)
+    return granules, (votes >= 1.0) & ~cached & ~is_last
+
+
+def _next_layer(table, layer, num_experts):
+    """The layer to come (0 after the last), whether there is none, and what is cached of it."""
+    is_last = (layer + 1) * num_experts == table.slot_of.shape[0]
+    target = jnp.where(is_last, 0, layer + 1)
+    return target, is_last, layer_slot_of(table, target, num_experts) >= 0
+
+
 def fetch(
-    store: GatedWeights, landing: Landing, granule: jax.Array, live: jax.Array, mode: FetchMode
+    source: Source, landing: Landing, granule: jax.Array, live: jax.Array, mode: FetchMode
 ) -> Landing:
-    """Starts the transfers of `granule` [m] from the host store (leaves [N, ...])."""
+    """Starts the transfers of `granule` [m]."""
     experts = []
     for lane, old in enumerate(landing.experts):
         if mode == "always":
-            experts.append(fetch_rows(store, granule[lane]))
+            experts.append(source.fetch(granule[lane]))
             continue
 
         def bring(_, old, lane=lane):
-            return fetch_rows(store, granule[lane])
+            return source.fetch(granule[lane])
 
         experts.append(jax.lax.fori_loop(0, live[lane].astype(jnp.int32), bring, old))
     return Landing(granule=jnp.where(live, granule, -1), experts=tuple(experts))
@@ -173,17 +184,22 @@ def look_ahead(
 ) -> tuple[Landing, Any]:
     """Predicts what `layer + 1` wants and starts to fetch what `table` says is not cached.
 
-    x is [T, D], `routing` that of all ranks. Returns what was fetched and the predictor's state.
+    What is predicted is announced to the source, also where there are no lanes to fetch it. x is
+    [T, D], `routing` that of all ranks. Returns what was fetched and the predictor's state.
     Cost: one transfer of an expert per live lane.
     """
-    if how.scorer is None or not landing.experts:
+    if how.scorer is None:
         nothing = jnp.full_like(landing.granule, -1)
         return dataclasses.replace(landing, granule=nothing), predictor
     with jax.named_scope("offload_prefetch"):
         scores, predictor = how.scorer(x, routing, layer, predictor)
         valid = valid_tokens(routing, scores.shape[1])
         votes = demand(scores, valid, routing.topk_idx.shape[1])
-        start = first_expert(how.axis, how.num_experts)
-        votes = jax.lax.dynamic_slice(votes, (start,), (how.num_experts,))
+        num_experts = how.source.num_experts
+        start = first_expert(how.axis, num_experts)
+        votes = jax.lax.dynamic_slice(votes, (start,), (num_experts,))
+        how.source.announce(*predicted(votes, table, layer))
+        if not landing.experts:
+            return landing, predictor
         granule, live = choose(votes, table, layer, len(landing.experts), how.mode)
-        return fetch(how.store, landing, granule, live, how.mode), predictor
+        return fetch(how.source, landing, granule, live, how.mode), predictor

@@ -7,29 +7,27 @@ Axis letters:
 import jax
 import jax.numpy as jnp
 
-from moejax.core.memory import fetch_rows
-from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.offload.policies import lru
 from moejax.offload.slots import SlotCache, assign, choose_slot, write_row
-from moejax.offload.store import flatten
+from moejax.offload.source import Source
 
 
-def preload(cache: SlotCache, store: GatedWeights, granules: jax.Array) -> SlotCache:
+def preload(cache: SlotCache, source: Source, granules: jax.Array) -> SlotCache:
     """The cache after fetching `granules` (int32 [n], row `layer * E + expert`) in turn.
 
     Granules that are there already are skipped, and so are ids outside [0, L * E), so that lists
     of unequal length can be padded with -1; when a layer's slots are full its least recently
     used row goes. Cost: one transfer of an expert each. Call inside jit with the cache donated.
     """
-    rows, num_experts = flatten(store), store.w_gate.shape[1]
+    num_experts = source.num_experts
     nothing_wanted = jnp.zeros((num_experts,), bool)
 
     def load(_, carry):
         cache, granule = carry
         slot, _ = choose_slot(cache.table, granule // num_experts, lru, nothing_wanted)
         table = assign(cache.table, slot, granule)
-        expert = fetch_rows(rows, granule)
-        return SlotCache(table=table, rows=write_row(cache.rows, slot, expert)), granule
+        rows = write_row(cache.rows, slot, source.fetch(granule))
+        return SlotCache(table=table, rows=rows), granule
 
     def visit(i, cache):
         granule, total = granules[i], cache.table.slot_of.shape[0]

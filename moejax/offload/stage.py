@@ -1,4 +1,4 @@
-"""The offloaded expert stage: experts in host memory, a slot cache on the device.
+"""The offloaded expert stage: experts in host memory or on disk, a slot cache on the device.
 
     insert what was prefetched -> look up -> waves -> insert what found no slot before
     -> start the next layer's prefetch -> last wave
@@ -35,7 +35,7 @@ from moejax.offload.prefetch import (
     look_ahead,
 )
 from moejax.offload.slots import SlotCache, init_cache, layer_slots, shared_slots, touch_layer
-from moejax.offload.store import flatten
+from moejax.offload.source import HostSource, Store, source_of
 from moejax.offload.waves import (
     last_wave,
     plan_call,
@@ -122,13 +122,13 @@ def init_state(experts: GatedWeights, cfg: OffloadConfig, *, predictor: Any = No
 
 
 def offloaded(
-    store: GatedWeights,
+    store: Store,
     cfg: OffloadConfig,
     *,
     scorer: Scorer | None = None,
     axis: str | None = None,
 ) -> Stage:
-    """A stage that serves the experts of the host `store`, leaves [L, E, ...].
+    """A stage that serves the experts of a `store`: host leaves [L, E, ...], or an opened folder.
 
     Args:
         scorer: predicts the next layer's experts; None prefetches nothing.
@@ -137,13 +137,16 @@ def offloaded(
     Exact: outputs are bit-equal to the resident stage's on CPU. Elsewhere the host rounds in other
     places than the device, so what it computes agrees to 1e-5 of the largest value in float32.
     Cost per call: one transfer of an expert per miss that is moved and per live prefetch lane; one
-    host call unless all misses are moved; with `axis` one psum of [T, K, D].
+    host call unless all misses are moved; with `axis` one psum of [T, K, D]. Raises `InputError`
+    where the host shall compute what is on disk.
     """
-    flat, (num_layers, num_experts) = flatten(store), store.w_gate.shape[:2]
-    policy = POLICIES[cfg.policy]
-    ahead = LookAhead(
-        scorer=scorer, store=flat, num_experts=num_experts, mode=cfg.fetch_mode, axis=axis
+    source, policy = source_of(store, axis), POLICIES[cfg.policy]
+    num_layers, num_experts = source.num_layers, source.num_experts
+    check(
+        cfg.serve == "fetch" or isinstance(source, HostSource),
+        f"serve={cfg.serve!r}: experts on disk can only be fetched",
     )
+    ahead = LookAhead(scorer=scorer, source=source, mode=cfg.fetch_mode, axis=axis)
 
     def stage(x, routing, weights, layer, state):
         assert weights is None, "the offloaded stage brings its own experts"
@@ -156,7 +159,7 @@ def offloaded(
         crowded = _can_crowd(cfg, num_layers, min(local.topk_idx.size, num_experts))
         landed = landed_experts(landing, layer, num_experts) & crowded
         work = _divided(cfg, sort_experts(cache.table, layer, wanted, landed, rows), rows)
-        call = plan_call(x, local, work, store=flat, policy=policy)
+        call = plan_call(x, local, work, source=source, policy=policy)
         y_host = None if cfg.serve == "fetch" else run_on_host(call)
         cache, y = run_missing(call, cache)
         if crowded:

@@ -25,10 +25,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moejax.core.memory import fetch_rows
 from moejax.core.structs import Routing
 from moejax.kernels.chunks import ChunkPlan, pick_sizes, plan_chunks, zero_tail
-from moejax.kernels.grouped_ffn import GatedWeights, run_chunks
+from moejax.kernels.grouped_ffn import run_chunks
 from moejax.kernels.permute import Permutation, permute, sort_by_group, ungroup
 from moejax.kernels.rows import pad_rows
 from moejax.kernels.vma import vary_together
@@ -42,6 +41,7 @@ from moejax.offload.slots import (
     num_slots_of,
     write_row,
 )
+from moejax.offload.source import Source
 
 
 @struct.dataclass(kw_only=True)
@@ -95,7 +95,7 @@ def sort_experts(
 class Call:
     """One layer call, ready to be served in waves."""
 
-    store: GatedWeights  # host leaves [N, ...]
+    source: Source
     xs: jax.Array  # [M + S, D] rows in processing order, padded as `run_chunks` wants
     work: Work
     plan: ChunkPlan  # groups in processing order
@@ -106,19 +106,18 @@ class Call:
 
 
 def plan_call(
-    x: jax.Array, routing: Routing, work: Work, *, store: GatedWeights, policy: Policy
+    x: jax.Array, routing: Routing, work: Work, *, source: Source, policy: Policy
 ) -> Call:
     """Sorts the rows of x [T, D] by expert in processing order and cuts them into chunks.
 
-    `routing` names experts of this rank, E for assignments that others serve; `store` has leaves
-    [N, ...] in host memory.
+    `routing` names experts of this rank, E for assignments that others serve.
     """
     top_k, num_rows = routing.topk_idx.shape[1], routing.topk_idx.size
     num_experts, sizes = work.wanted.shape[0], pick_sizes(num_rows)
     with jax.named_scope("moe_permute"):
         permutation = sort_by_group(routing.topk_idx, num_experts, group_order=work.order)
         return Call(
-            store=store,
+            source=source,
             xs=pad_rows(permute(x, permutation, top_k), num_rows + sizes[-1]),
             work=work,
             plan=plan_chunks(permutation.group_sizes, sizes=sizes, num_rows=num_rows),
@@ -139,15 +138,15 @@ def run_missing(call: Call, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
     """
     with jax.named_scope("moe_waves"):
         y, _ = vary_together(jnp.zeros_like(call.xs), cache)
-        operands = (call.store, call.xs, call.work, call.plan, cache, y)
+        operands = (call.source, call.xs, _announced(call), call.plan, cache, y)
         return jax.lax.platform_dependent(
             *operands, cpu=partial(_in_turn, call), default=partial(_overlapped, call)
         )
 
 
-def _overlapped(call, store, xs, work, plan, cache, y):
+def _overlapped(call, source, xs, work, plan, cache, y):
     """The transfer of the next missing expert starts before a wave and lands after it."""
-    call = dataclasses.replace(call, store=store, xs=xs, work=work, plan=plan)
+    call = dataclasses.replace(call, source=source, xs=xs, work=work, plan=plan)
     n = work.num_moved
 
     def wave(i: jax.Array, carry):
@@ -160,7 +159,8 @@ def _overlapped(call, store, xs, work, plan, cache, y):
         first = jnp.where(i == 0, 0, missing - 1)
         return _compute(call, y, cache, first, missing), cache, coming
 
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), store)
+    like = jax.eval_shape(source.fetch, n)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
     nothing, _ = vary_together(nothing, cache)
     y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
     last = jnp.minimum(n, 1)
@@ -168,9 +168,9 @@ def _overlapped(call, store, xs, work, plan, cache, y):
     return cache, y
 
 
-def _in_turn(call, store, xs, work, plan, cache, y):
+def _in_turn(call, source, xs, work, plan, cache, y):
     """The same where link and compute are one processor: straight into the slot, one copy less."""
-    call = dataclasses.replace(call, store=store, xs=xs, work=work, plan=plan)
+    call = dataclasses.replace(call, source=source, xs=xs, work=work, plan=plan)
     n = work.num_moved
     y = _compute(call, y, cache, 0, jnp.where(n == 0, 0, work.num_cached))
 
@@ -223,9 +223,19 @@ def _compute(call, y, cache, first, last):
     return run_chunks(y, call.xs, cache.rows, slots, plan, begin, end, sizes=call.sizes)
 
 
+def _announced(call):
+    """`call.work`, of which the source knows what it will be asked for, if more than one."""
+    work = call.work
+    start = work.layer * work.wanted.shape[0]
+    position = jnp.arange(work.order.shape[0], dtype=jnp.int32) - work.num_cached
+    live = (position >= 0) & (position < work.num_moved) & (work.num_moved > 1)
+    order = call.source.announce(start + work.order, live) - start
+    return dataclasses.replace(work, order=order)
+
+
 def _fetch(call, i):
     """The i-th missing expert, on its way."""
-    return fetch_rows(call.store, _granule(call.work, call.work.num_cached + i))
+    return call.source.fetch(_granule(call.work, call.work.num_cached + i))
 
 
 def _granule(work, position):

@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from moejax.core.errors import check
 from moejax.core.structs import MoEMetrics
-from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.models.experts import split_experts as split_experts
+from moejax.offload.disk import DiskExperts
+from moejax.offload.source import Store, shapes_of
 from moejax.offload.stage import OffloadConfig
 from moejax.serving.prediction import Prediction
 from moejax.serving.programs import AXIS, Programs, Session, make_programs
@@ -30,7 +31,7 @@ class Engine:
     mesh: Mesh
     capacity: int
     params: DecoderParams  # without experts
-    experts: GatedWeights  # [L, E, ...], on the device or in pinned_host
+    experts: Store  # [L, E, ...], on the device or in pinned_host, or a folder
     predictor: Any  # parameters of the prediction, or None
     programs: Programs
 
@@ -90,7 +91,7 @@ class Engine:
 
 def make_engine(
     params: DecoderParams,
-    experts: GatedWeights,
+    experts: Store,
     cfg: DecoderConfig,
     mesh: Mesh,
     *,
@@ -102,19 +103,22 @@ def make_engine(
 
     Args:
         params, experts: see `split_experts`; with `offload` the experts live in `pinned_host`, in
-            `offload.column_parts` parts (`offload.columns`).
+            `offload.column_parts` parts (`offload.columns`), or in an opened folder.
         capacity: positions of the KV cache; prompt and new tokens must fit.
         offload: slot cache and prefetch; None keeps all experts on the device.
-        prediction: what to prefetch; wants `offload.prefetch_lanes > 0`.
+        prediction: what to prefetch; wants `offload.prefetch_lanes > 0`, but for experts on disk,
+            which are read ahead without lanes too.
     """
     lanes = offload.prefetch_lanes if offload else 0
-    held, parts = experts.w_gate.shape[1], offload.column_parts if offload else 1
+    on_disk = isinstance(experts, DiskExperts)
+    held, parts = shapes_of(experts).w_gate.shape[1], offload.column_parts if offload else 1
     check(
         held == cfg.moe.num_experts * parts,
         f"{held} experts per layer in {parts} column parts, the model has {cfg.moe.num_experts}",
     )
+    check(offload is not None or not on_disk, "experts on disk want an offload, with its slots")
     check(
-        (prediction is None) == (lanes == 0),
+        (prediction is None) == (lanes == 0) or (on_disk and lanes == 0),
         f"prefetch_lanes={lanes} and a prediction go together",
     )
     return Engine(

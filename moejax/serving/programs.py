@@ -1,8 +1,8 @@
 """A decoder's compiled programs: prefill and one step per token, resident or offloaded.
 
 Everything runs inside one `shard_map` over the mesh: dense weights and the batch are replicated,
-experts are sharded over the `expert` axis, in device or host memory, and every rank has its own
-slot cache. The session is donated from call to call, so caches are updated in place.
+experts are sharded over the `expert` axis, in device or host memory or on disk, and every rank has
+its own slot cache. The session is donated from call to call, so caches are updated in place.
 
 Axis letters:
     B  batch    S  prompt positions    L  MoE layers    R  ranks
@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moejax.experts.stage import Stage, stacked
-from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.layers.attention import KVCache
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import forward, init_cache
 from moejax.offload.columns import by_columns, score_columns
+from moejax.offload.disk import DiskExperts
 from moejax.offload.prefetch import Scorer
 from moejax.offload.preload import preload
+from moejax.offload.source import Store, shapes_of, source_of
 from moejax.offload.stage import OffloadConfig, OffloadState, init_state, offloaded
 from moejax.offload.store import EXPERT_SPEC, check_platform
 from moejax.serving.prediction import Prediction, begin_token, see_prompt
@@ -62,7 +63,7 @@ class Programs:
 
 
 def make_programs(
-    experts: GatedWeights,
+    experts: Store,
     cfg: DecoderConfig,
     mesh: Mesh,
     *,
@@ -71,8 +72,9 @@ def make_programs(
     prediction: Prediction | None,
 ) -> Programs:
     """The jitted functions alone; `experts` may be abstract, for ahead-of-time compilation."""
-    if offload is not None:
-        check_platform(experts, mesh.devices.flat[0].platform)
+    shapes = shapes_of(experts)
+    if offload is not None and not isinstance(experts, DiskExperts):
+        check_platform(shapes, mesh.devices.flat[0].platform)
     body = _Program(cfg, offload, prediction)
     session: Any = Session(**_SESSION_SPECS)
     step = jax.shard_map(
@@ -84,7 +86,7 @@ def make_programs(
     fill = jax.shard_map(
         body.preload, mesh=mesh, in_specs=(EXPERT_SPEC, session, P(AXIS)), out_specs=session
     )
-    start = partial(_start, experts, cfg, mesh, capacity, offload, prediction)
+    start = partial(_start, shapes, cfg, mesh, capacity, offload, prediction)
     return Programs(
         start=jax.jit(
             start,
@@ -111,7 +113,7 @@ def _jit_prefill(cfg: DecoderConfig, mesh: Mesh, offload: OffloadConfig | None):
 
 
 def _start(
-    experts,
+    shapes,
     cfg,
     mesh,
     capacity,
@@ -130,7 +132,7 @@ def _start(
             lambda leaf: jax.ShapeDtypeStruct(
                 (leaf.shape[0], leaf.shape[1] // ranks, *leaf.shape[2:]), leaf.dtype
             ),
-            experts,
+            shapes,
         )
         seen = prediction.init(predictor, batch) if prediction else None
         state = init_state(local, offload, predictor=seen)
@@ -176,10 +178,10 @@ class _Program:
 
     def preload(self, experts, session, granules):
         state = session.offload
-        cache = preload(_of_rank(state.cache), experts, granules[0])
+        cache = preload(_of_rank(state.cache), source_of(experts, AXIS), granules[0])
         return _with_offload(session, cache=_as_rank(cache))
 
-    def _stage(self, experts: GatedWeights, scorer: Scorer | None) -> Stage:
+    def _stage(self, experts: Any, scorer: Scorer | None) -> Stage:
         if self.offload is None:
             return stacked(experts, axis=AXIS)
         parts = self.offload.column_parts

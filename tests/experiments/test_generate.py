@@ -74,15 +74,22 @@ def test_a_batch_under_a_budget_gives_what_transformers_gives(model, tmp_path):
     assert figures["ttft_s"] > 0 and 0 < figures["fraction_of_bound"]
 
 
-def test_quantised_experts_give_the_same_tokens_resident_and_offloaded(model, tmp_path):
+def test_quantised_experts_give_the_same_tokens_from_everywhere(model, tmp_path):
     args = f"--model={model.folder} --prompt=1 --prompt=2 --max_new_tokens=8 --experts_dtype=int8"
-    cases = {"resident": "--device_budget=none", "offloaded": "--device_budget=50%"}
+    cases = {
+        "resident": "--device_budget=none",
+        "offloaded": "--device_budget=50%",
+        "on_disk": f"--device_budget=50% --experts_on_disk={tmp_path}/experts "
+        "--predictor=next_gate --prefetch_lanes=0",
+    }
     rows = [f"{args} {budget} --json={tmp_path}/{name}.json" for name, budget in cases.items()]
     results = run_here(rows)
-    assert [result["status"] for result in results] == [None, None], results
+    assert [result["status"] for result in results] == [None] * 3, results
     figures = [json.loads((tmp_path / f"{name}.json").read_text())["figures"] for name in cases]
-    resident, offloaded = figures
+    resident, offloaded, on_disk = figures
     assert resident["tokens"] == offloaded["tokens"] and offloaded["hit_rate"] < 1
+    assert resident["tokens"] == on_disk["tokens"] and on_disk["hit_rate"] < 1
+    assert on_disk["experts_on_disk"] == f"{tmp_path}/experts" and on_disk["fraction_of_bound"] > 0
     for one in figures:
         assert one["outputs"] == "lossy: of experts in int8, not of the full weights"
     # A byte per weight, and a scale per column: 24 of w_gate and w_up, 32 of w_down.
@@ -135,6 +142,9 @@ def test_wrong_input_is_one_line(model, tmp_path):
         f"--model={model.folder} --prompt=1 --predictor=next_gate": "wants a --device_budget",
         f"--model={model.folder} --prompt=1 --predictor=learned": "want a folder, the others none",
         f"--model={model.folder} --prompt=1 --experts_dtype=int2": "one of <int8|int4|fp8>",
+        f"--model={model.folder} --prompt=1 --experts_on_disk=x": "=x wants a --device_budget",
+        f"--model={model.folder} --prompt=1 --device_budget=50% --max_new_tokens=8 "
+        f"--experts_on_disk={model.folder}": "give them a folder of their own",
         f"--model={model.folder} --prompt=1 --device_budget=8XB": "'8XB' is not like 8GiB",
         f"--model={model.folder} --prompt=1 --max_new_tokens=8 --device_budget=9KiB": "minimum is",
         f"--model={model.folder} --prompt=1 --max_new_tokens=128": "exceed the 128 positions of",

@@ -13,7 +13,8 @@ from moejax.experts.stage import stacked
 from moejax.offload.host import pick_rows, run_on_host
 from moejax.offload.policies import lru
 from moejax.offload.slots import init_table, layer_slots
-from moejax.offload.store import flatten, to_host
+from moejax.offload.source import source_of
+from moejax.offload.store import to_host
 from moejax.offload.waves import plan_call, sort_experts, unpermute
 from tests.exact import exact_jit
 
@@ -36,7 +37,7 @@ def test_only_rows_of_unmoved_experts_come_from_the_host():
         table = init_table(L, E, layer_slots(L, L))
         work = sort_experts(table, jnp.int32(1), wanted, jnp.zeros((E,), bool), rows)
         work = dataclasses.replace(work, num_moved=jnp.int32(2))
-        call = plan_call(x, routing, work, store=flatten(store), policy=lru)
+        call = plan_call(x, routing, work, source=source_of(store), policy=lru)
         mine = pick_rows(call, jnp.full_like(call.xs, 7.0), run_on_host(call))
         whole, _, _ = stacked(experts)(x, routing, None, jnp.int32(1), None)
         return work.order, unpermute(call, mine), whole

@@ -9,6 +9,7 @@ from moejax.experts.gated import init_experts
 from moejax.offload import prefetch
 from moejax.offload.policies import lru
 from moejax.offload.slots import assign, init_cache, shared_slots, touch_layer
+from moejax.offload.source import source_of
 from moejax.offload.store import flatten
 
 L, E = 2, 4
@@ -34,7 +35,7 @@ def cache_with(store, *granules, slots=3):
 def landed(store, *granules):
     landing = prefetch.init_landing(store, len(granules))
     ids = jnp.array(granules, jnp.int32)
-    fetched = jax.jit(lambda s, g: prefetch.fetch(flatten(s), landing, g, g >= 0, "missing"))
+    fetched = jax.jit(lambda s, g: prefetch.fetch(source_of(s), landing, g, g >= 0, "missing"))
     return fetched(store, ids)
 
 

@@ -17,8 +17,9 @@ from moejax.experts.gated import init_experts
 from moejax.experts.stage import stacked
 from moejax.offload.prefetch import fetch
 from moejax.offload.preload import preload
+from moejax.offload.source import source_of
 from moejax.offload.stage import OffloadConfig, init_state, offloaded
-from moejax.offload.store import flatten, to_host
+from moejax.offload.store import to_host
 from tests.exact import exact_jit
 
 L, E, D, F = 2, 8, 16, 12
@@ -180,9 +181,9 @@ def test_landed_experts_wait_for_slots_that_hold_wanted_ones(experts, arrived, i
     @exact_jit
     def run(store, experts):
         state = init_state(store, cfg)
-        cache = preload(state.cache, store, E + jnp.arange(5, dtype=jnp.int32))
+        cache = preload(state.cache, source_of(store), E + jnp.arange(5, dtype=jnp.int32))
         granule, live = E + jnp.array(arrived, jnp.int32), jnp.ones(len(arrived), bool)
-        landing = fetch(flatten(store), state.landing, granule, live, "always")
+        landing = fetch(source_of(store), state.landing, granule, live, "always")
         state = dataclasses.replace(state, cache=cache, landing=landing)
         ours, _, counts = offloaded(store, cfg)(x, routing, None, layer, state)
         return ours, stacked(experts)(x, routing, None, layer, None)[0], counts

@@ -15,6 +15,7 @@ from moejax.costmodel.miss import MissCosts
 from moejax.layers.moe import MoEConfig
 from moejax.models.config import moe_decoder
 from moejax.models.decoder import forward, init_decoder
+from moejax.offload.disk import DiskExperts
 from moejax.offload.stage import OffloadConfig
 from moejax.offload.store import to_device, to_host
 from moejax.predictors.history import init_history
@@ -23,6 +24,7 @@ from moejax.predictors.pre_attention import init_pre_attention
 from moejax.routing.config import RouterConfig
 from moejax.serving import prediction
 from moejax.serving.engine import make_engine, split_experts
+from tests.offload.on_disk import on_disk
 
 E, K, L = 8, 2, 3
 CFG = moe_decoder(
@@ -52,11 +54,16 @@ def prompts(batch):
     return tokens[:batch], mask[:batch]
 
 
-def decode(batch, *, ranks=1, offload=None, make_prediction=None, new_tokens=NEW_TOKENS):
+def decode(
+    batch, *, ranks=1, offload=None, make_prediction=None, new_tokens=NEW_TOKENS, folder=None
+):
     """Tokens [n, B] and metrics summed over layers, [n] each, of one engine."""
     dense, experts = split_experts(model(), CFG)
     mesh = make_mesh(expert=ranks)
-    experts = (to_host if offload else to_device)(experts, mesh)
+    if folder is not None:
+        experts = on_disk(folder, experts)
+    else:
+        experts = (to_host if offload else to_device)(experts, mesh)
     pred = make_prediction(dense) if make_prediction else None
     engine = make_engine(dense, experts, CFG, mesh, capacity=16, offload=offload, prediction=pred)
     session = engine.start(batch)
@@ -66,7 +73,8 @@ def decode(batch, *, ranks=1, offload=None, make_prediction=None, new_tokens=NEW
         session, token, metrics = engine.step(session)
         tokens.append(token)
         all_metrics.append(metrics)
-    assert memory_kinds(engine.experts) == {"pinned_host" if offload else "device"}
+    kinds = {"pinned_host" if offload else "device"} if folder is None else set()
+    assert memory_kinds(engine.experts) == kinds
     summed = jax.tree.map(lambda *leaves: np.stack(leaves).sum(1), *all_metrics)
     return np.stack(tokens), summed
 
@@ -150,6 +158,28 @@ def test_same_tokens_and_conserved_counts(batch, ranks, offload, make_prediction
         assert metrics.demand_fetches.sum() == 0
 
 
+def test_experts_on_disk_decode_the_same_tokens(tmp_path, monkeypatch):
+    """Every row that is counted is read from a file, and what is read ahead is read of it."""
+    read, announced = [], []
+    row, will_need = DiskExperts.row, DiskExperts.will_need
+    monkeypatch.setattr(DiskExperts, "row", lambda *args: (read.append(1), row(*args))[1])
+
+    def note(disk, granules):
+        announced.extend(np.asarray(granules).tolist())
+        return will_need(disk, granules)
+
+    monkeypatch.setattr(DiskExperts, "will_need", note)
+    offload = OffloadConfig(num_slots=4, prefetch_lanes=2)
+    tokens, metrics = decode(
+        4, ranks=2, offload=offload, make_prediction=next_gate, folder=tmp_path
+    )
+    np.testing.assert_array_equal(tokens, resident(4))
+    assert len(read) == metrics.demand_fetches.sum() + metrics.prefetches.sum()
+    assert metrics.prefetches.sum() > 0
+    named = set(announced) - {-1}
+    assert len(named) > L * E / 2 and named <= set(range(L * E))
+
+
 def test_preloaded_engine_never_misses():
     dense, experts = split_experts(model(), CFG)
     mesh = make_mesh(expert=2)
@@ -180,7 +210,7 @@ def test_temperature_draws_from_the_key():
     assert (drawn[0] != drawn[2]).any()
 
 
-def test_wrong_use_is_refused():
+def test_wrong_use_is_refused(tmp_path):
     dense, experts = split_experts(model(), CFG)
     mesh = make_mesh()
     with pytest.raises(InputError, match="prefetch_lanes=0 and a prediction go together"):
@@ -193,6 +223,8 @@ def test_wrong_use_is_refused():
             offload=OffloadConfig(num_slots=6),
             prediction=next_gate(dense),
         )
+    with pytest.raises(InputError, match="experts on disk want an offload"):
+        make_engine(dense, on_disk(tmp_path, experts), CFG, mesh, capacity=4)
     engine = make_engine(dense, experts, CFG, mesh, capacity=4)
     with pytest.raises(InputError, match="temperature=-1.0 must not be negative"):
         engine.start(1, temperature=-1.0)

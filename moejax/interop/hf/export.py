@@ -11,13 +11,14 @@ import numpy as np
 
 from moejax.core.disk import writing
 from moejax.core.errors import check
+from moejax.core.safetensors import DTYPES, Writer, read_header
 from moejax.interop.hf.buffers import read_index
 from moejax.interop.hf.fields import Fields
 from moejax.interop.hf.load import Imported, stored_dtype
 from moejax.interop.hf.plan import Piece, leaves_of, make_plan
 from moejax.interop.hf.registry import find_architecture
 from moejax.interop.hf.rules import Shape
-from moejax.interop.hf.tensors import DTYPES, INDEX, SINGLE, Writer, read_header
+from moejax.interop.hf.tensors import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 5 * 10**9
 

@@ -12,9 +12,9 @@ import dataclasses
 import pathlib
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.core.errors import check
 from moejax.core.memory import device_sharding, host_sharding, nbytes
 from moejax.core.mesh import check_divisible
+from moejax.core.safetensors import Stored
 from moejax.experts.quantize import abstract_quantized
 from moejax.interop.hf.architecture import Architecture
 from moejax.interop.hf.buffers import make_buffers
@@ -32,7 +33,7 @@ from moejax.interop.hf.packed import Tensor, unpacked
 from moejax.interop.hf.plan import Piece, check_size, check_tensors, leaves_of, make_plan
 from moejax.interop.hf.registry import find_architecture
 from moejax.interop.hf.rope import context_of
-from moejax.interop.hf.tensors import Stored, open_folder, read_json
+from moejax.interop.hf.tensors import open_folder, read_json
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.kernels.quantized import Format, whole_matrix
 from moejax.models.config import DecoderConfig
@@ -44,6 +45,7 @@ OUT, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 # What older versions of libraries wrote beside the weights.
 IGNORED = (r".*\.rotary_emb\.inv_freq$",)
 Progress = Callable[[int, int], None]  # (bytes written, bytes of the target)
+Count = Callable[[int], None]  # bytes written since the last call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,24 @@ class Imported:
         return nbytes((self.params, self.experts))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is to be read of a folder: pieces of tensors, each to its parameters."""
+
+    where: str
+    plan: list[Piece]
+    tensors: dict[str, Tensor]
+    unused: tuple[str, ...] = ()
+
+
+class Sink(Protocol):
+    """Takes a parameter, piece by piece."""
+
+    def put(self, index: tuple[int, ...], value: np.ndarray) -> int:
+        """Puts `value` at `index` of the parameter's leading axes; the bytes that it takes."""
+        ...
+
+
 def load_folder(
     path: str | pathlib.Path | OpenModel,
     *,
@@ -117,37 +137,28 @@ def load_folder(
     peaks at the target and two tensors, at three where one is quantised.
     """
     opened = path if isinstance(path, OpenModel) else open_model(path, dtype=dtype)
-    folder, cfg, stored, values = opened.path, opened.cfg, opened.stored, opened.values
-    tensors = unpacked(stored, values.get("quantization_config"))
+    stored, values = opened.stored, opened.values
     target = abstract_model(
-        cfg, mesh=mesh, expert_memory=expert_memory, experts_dtype=experts_dtype
+        opened.cfg, mesh=mesh, expert_memory=expert_memory, experts_dtype=experts_dtype
     )
-    plan = make_plan(opened.architecture.rules(cfg), cfg, leaves_of(target), tensors)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    ignored = (*IGNORED, *opened.architecture.ignored(cfg))
-    ignored = (*ignored, *map(re.escape, opened.architecture.placeholders(cfg)))
-    if cfg.tie_embeddings and OUT in tensors:
-        same = np.array_equal(tensors[OUT].read(None), tensors[EMBED].read(None))
-        check(same, f"{folder}: embeddings are tied, but {OUT} differs from {EMBED}")
-        ignored = (*ignored, re.escape(OUT))
-    unused = check_tensors(plan, shapes, ignored, str(folder))
-    params, experts = _fill(target, plan, tensors, str(folder), progress)
+    reading = plan_reading(opened, target)
+    params, experts = fill(target, reading, counter(progress, nbytes(target)))
     main = stored_dtype(opened.fields)
     return Imported(
-        cfg=cfg,
+        cfg=opened.cfg,
         params=params,
         experts=experts,
         hf_config={k: v for k, v in values.items() if k != "quantization_config"},
         stored_dtypes={
             piece.name: str(stored[piece.name].dtype)
-            for piece in plan
+            for piece in reading.plan
             if piece.name in stored
             and str(stored[piece.name].dtype) != main
             and stored[piece.name].dtype.itemsize > 1
         },
         context=opened.context,
-        tensors_read=len({name for piece in plan for name in tensors[piece.name].uses}),
-        unused=tuple(unused),
+        tensors_read=len({use for p in reading.plan for use in reading.tensors[p.name].uses}),
+        unused=reading.unused,
     )
 
 
@@ -211,35 +222,70 @@ def abstract_model(
     return dense, experts if experts_dtype is None else abstract_quantized(experts, experts_dtype)
 
 
-def _fill(target: Any, plan: list[Piece], tensors: dict[str, Tensor], where: str, progress):
-    """The arrays of `target`, filled by the pieces of `plan`."""
+def plan_reading(opened: OpenModel, target: Any) -> Reading:
+    """How the tensors of a folder fill `target`, as `abstract_model` gives it.
+
+    Raises `InputError` for tensors that are missing, too many or of another shape.
+    """
+    cfg, architecture, where = opened.cfg, opened.architecture, str(opened.path)
+    tensors = unpacked(opened.stored, opened.values.get("quantization_config"))
+    plan = make_plan(architecture.rules(cfg), cfg, leaves_of(target), tensors)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    ignored = (*IGNORED, *architecture.ignored(cfg))
+    ignored = (*ignored, *map(re.escape, architecture.placeholders(cfg)))
+    if cfg.tie_embeddings and OUT in tensors:
+        same = np.array_equal(tensors[OUT].read(None), tensors[EMBED].read(None))
+        check(same, f"{where}: embeddings are tied, but {OUT} differs from {EMBED}")
+        ignored = (*ignored, re.escape(OUT))
+    unused = check_tensors(plan, shapes, ignored, where)
     for piece in plan:  # before room is made for sizes that the tensors do not have
         check_size(piece, tensors[piece.name].shape, where)
+    return Reading(where=where, plan=plan, tensors=tensors, unused=tuple(unused))
+
+
+def fill(target: Any, reading: Reading, count: Count) -> Any:
+    """The arrays of `target`, put together from what `reading` names."""
     buffers = {name: make_buffers(name, leaf) for name, leaf in leaves_of(target).items()}
-    total, done, with_nan = nbytes(target), 0, []
-    for piece in plan:
-        count, is_nan = _put(piece, tensors[piece.name], buffers)
-        done += count
-        if is_nan:
-            with_nan.append(piece.name)
-        if progress:
-            progress(done, total)
-    if with_nan:
-        names = ", ".join(dict.fromkeys(with_nan[:3]))
-        warnings.warn(f"{where}: {len(with_nan)} tensors hold NaN: {names}", stacklevel=3)
+    put_pieces(reading, buffers, count)
     # Leaves come in the order of the tree.
     leaves = [buffers[name].finish() for name in list(buffers)]
     return jax.tree.unflatten(jax.tree.structure(target, is_leaf=whole_matrix), leaves)
 
 
-def _put(piece: Piece, tensor: Tensor, buffers: dict[str, Any]) -> tuple[int, bool]:
-    """Reads one piece into its buffers; its bytes there, and whether it holds NaN.
+def put_pieces(reading: Reading, sinks: Mapping[str, Sink], count: Count) -> None:
+    """Reads piece by piece into the sinks of their parameters. Warns of tensors that hold NaN."""
+    with_nan = []
+    for piece in reading.plan:
+        size, is_nan = _put(piece, reading.tensors[piece.name], sinks)
+        count(size)
+        if is_nan:
+            with_nan.append(piece.name)
+    if with_nan:
+        names = ", ".join(dict.fromkeys(with_nan[:3]))
+        warnings.warn(f"{reading.where}: {len(with_nan)} tensors hold NaN: {names}", stacklevel=4)
+
+
+def counter(progress: Progress | None, total: int) -> Count:
+    """Tells `progress` how much of `total` bytes has been done."""
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress:
+            progress(done, total)
+
+    return count
+
+
+def _put(piece: Piece, tensor: Tensor, sinks: Mapping[str, Sink]) -> tuple[int, bool]:
+    """Reads one piece into its sinks; its bytes there, and whether it holds NaN.
 
     A function of its own, so that nothing of a tensor outlives it.
     """
     array = tensor.read(piece.row)
     arrays = piece.how.load(array, [to.shape for to in piece.targets])
     parts = zip(arrays, piece.targets, strict=True)
-    count = sum(buffers[to.leaf].put(to.index, part) for part, to in parts)
+    size = sum(sinks[to.leaf].put(to.index, part) for part, to in parts)
     with np.errstate(invalid="ignore"):
-        return count, bool(np.isnan(array.max(initial=0)))
+        return size, bool(np.isnan(array.max(initial=0)))

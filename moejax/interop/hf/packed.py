@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moejax.core.errors import InputError, check
-from moejax.interop.hf.tensors import Stored, read
+from moejax.core.safetensors import Stored, read
 
 # Sign, two bits of exponent, one of mantissa.
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from moejax.core.errors import InputError
 from moejax.core.memory import memory_kinds
 from moejax.core.mesh import make_mesh
+from moejax.core.safetensors import Writer
 from moejax.interop.hf.load import load_folder
-from moejax.interop.hf.tensors import SINGLE, Writer
+from moejax.interop.hf.tensors import SINGLE
 from tests.interop.hf.cases import SHAPES
 from tests.interop.hf.models import Case, write_model
 

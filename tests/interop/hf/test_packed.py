@@ -6,8 +6,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from moejax.core.errors import InputError
+from moejax.core.safetensors import Writer
 from moejax.interop.hf.packed import unpacked
-from moejax.interop.hf.tensors import SINGLE, Writer, open_folder
+from moejax.interop.hf.tensors import SINGLE, open_folder
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 3]}
 RNG = np.random.default_rng(0)

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moejax.interop.hf.tensors import Writer, open_folder
+from moejax.core.safetensors import Writer
+from moejax.interop.hf.tensors import open_folder
 from tests.interop.hf.cases import SHAPES
 from tests.interop.hf.models import Case, write_model
 
