@@ -142,6 +142,14 @@ def check_writable(path: str | None) -> None:
     check(writable, f"cannot write {path}: {folder} is not a writable folder")
 
 
+def read_counts(flag: flags.FlagHolder) -> list[int]:
+    """The positive whole numbers of a list flag; `InputError` for anything else."""
+    words = [word.strip() for word in flag.value]
+    good = bool(words) and all(word.isdecimal() and int(word) > 0 for word in words)
+    check(good, f"--{flag.name}={','.join(flag.value)} is not a list of positive numbers")
+    return [int(word) for word in words]
+
+
 def report(name: str, rung: Rung, figures: dict[str, Any], *, device: str | None = None) -> dict:
     """The record of a run: its figures, and what they were measured on."""
     return {

@@ -79,14 +79,12 @@ WARMUP = 2  # untimed steps of `interleave`
 def main() -> None:
     picture = plot_file.path_of("plot", None)
     cli.check_writable(AUTOTUNE.value)
-    sizes = [one.strip() for one in BATCH.value]
-    good = bool(sizes) and all(one.isdecimal() and int(one) > 0 for one in sizes)
-    check(good, f"--batch={','.join(BATCH.value)} is not a list of positive numbers")
+    sizes = cli.read_counts(BATCH)
     budget = parse_budget(BUDGET.value)
     check(budget is not None, "--device_budget=none offloads nothing")
     planned = None if PLAN.value is None else read_plan(PLAN.value)
     policies = get_policies(POLICY.value) if planned is None else [planned[0]]
-    model = read_model(max(map(int, sizes)))
+    model = read_model(max(sizes))
     ahead = read_prediction(model)
     link = host_fetch_bytes_per_s(to_host(model.experts, model.mesh), experts=16)
     costs = planned[1] if planned else measure_costs(model.experts, model.cfg.moe.router.top_k)
@@ -96,13 +94,13 @@ def main() -> None:
         "batch": {},
         "chosen_policy": {},
     }
-    for size in map(int, sizes):
+    for size in sizes:
         cut = dataclasses.replace(model, prompts=model.prompts[:size])
         found = compare(cut, policies, budget, costs, link, ahead)
         figures["batch"][str(size)] = found
         fastest = min(policies, key=lambda p: found["policies"][p.name]["ms_per_step"])
         figures["chosen_policy"][str(size)] = fastest.name
-        if AUTOTUNE.value and size == int(sizes[-1]):
+        if AUTOTUNE.value and size == sizes[-1]:
             about = {"batch": size, "device_budget": BUDGET.value, "model": name_of_model()}
             cli.write_text(AUTOTUNE.value, plan_json(fastest, costs, about) + "\n")
     show(figures)

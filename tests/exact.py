@@ -10,6 +10,4 @@ import jax
 
 from moejax.core.compat import cheap_cpu_options
 
-_OLDER = "xla_cpu_use_fusion_emitters"
-_OPTIONS = {_OLDER: True} if _OLDER in cheap_cpu_options(0) else {}
-exact_jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
+exact_jit = functools.partial(jax.jit, compiler_options=cheap_cpu_options(0, exact=True))

@@ -52,18 +52,14 @@ MUST = {"decode": 1.5, "prefill": 1.0}
 
 def works() -> list[Work]:
     """What is timed, by batch size."""
-    sizes = [one.strip() for one in BATCH.value]
-    check(
-        len(sizes) > 0 and all(one.isdigit() and int(one) > 0 for one in sizes),
-        f"--batch={','.join(BATCH.value)} is not a list of positive numbers",
-    )
+    sizes = cli.read_counts(BATCH)
     rest = {
         "prompt": PROMPT.value,
         "new_tokens": NEW_TOKENS.value,
         "repeats": REPEATS.value,
         "vocab_size": get_shape(SHAPE.value).vocab_size,
     }
-    return [Work(batch=int(size), **rest) for size in sizes]
+    return [Work(batch=size, **rest) for size in sizes]
 
 
 def time_ours(folder: str, work: Work, dtype: str) -> dict[str, Any]:

@@ -82,14 +82,9 @@ def main() -> None:
 
 def works() -> list[Work]:
     """What is timed, by batch size."""
-    sizes = [one.strip() for one in BATCH.value]
-    check(
-        len(sizes) > 0 and all(one.isdecimal() and int(one) > 0 for one in sizes),
-        f"--batch={','.join(BATCH.value)} is not a list of positive numbers",
-    )
     rest = {"prompt": PROMPT.value, "new_tokens": NEW_TOKENS.value, "repeats": 1}
     vocab = get_shape(SHAPE.value).vocab_size
-    return [Work(batch=int(size), vocab_size=vocab, **rest) for size in sizes]
+    return [Work(batch=size, vocab_size=vocab, **rest) for size in cli.read_counts(BATCH)]
 
 
 def run_both() -> dict[str, Any]:

@@ -23,7 +23,6 @@ from experiments import cli
 from experiments.bench.shape_flags import BATCH, SHAPE
 from experiments.bench.timing import ROUNDS, interleave, summary
 from experiments.measure import stream_read_bytes_per_s
-from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import init_decoder
@@ -98,11 +97,7 @@ def compare(engines: dict[str, Engine], granules: jax.Array, batch: int, rounds:
 def main() -> None:
     cli.check_writable(cli.JSON.value)
     cfg = get_shape(SHAPE.value)
-    batches = []
-    check(len(BATCH.value) > 0, "--batch= names no batch size")
-    for text in BATCH.value:
-        check(text.isdecimal() and int(text) > 0, f"--batch {text!r} is not a positive integer")
-        batches.append(int(text))
+    batches = cli.read_counts(BATCH)
     capacity = ROUNDS.value + 8
     engines, granules = make_engines(cfg, capacity)
     bandwidth = stream_read_bytes_per_s()

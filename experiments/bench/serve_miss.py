@@ -44,15 +44,14 @@ def main() -> None:
         2 * TOP_K.value <= EXPERTS.value,
         f"--top_k={TOP_K.value} of --experts={EXPERTS.value}: two passes would want the same ones",
     )
-    numbers = all(one.isdecimal() and int(one) > 0 for one in ROWS.value)
-    check(numbers and bool(ROWS.value), f"--rows={','.join(ROWS.value)} wants positive numbers")
+    counts = cli.read_counts(ROWS)
     experts = random_experts(
         LAYERS.value, EXPERTS.value, D_MODEL.value, D_FF.value, jnp.dtype(DTYPE.value)
     )
     check_platform(experts, jax.devices()[0].platform)
     by_rows = {
         rows: time_ways(Misses(experts=experts, top_k=TOP_K.value, rows=rows), rounds=ROUNDS.value)
-        for rows in sorted({int(one) for one in ROWS.value})
+        for rows in sorted(set(counts))
     }
     figures: dict[str, Any] = {
         "expert_bytes": expert_bytes(experts),

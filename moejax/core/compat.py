@@ -17,15 +17,17 @@ HOST = jax.memory.Space.Host
 DEVICE = jax.memory.Space.Device
 
 
-def cheap_cpu_options(level: int) -> dict[str, bool | int]:
+def cheap_cpu_options(level: int, *, exact: bool = False) -> dict[str, bool | int]:
     """XLA options with which a CPU program compiles fast; `level` is LLVM's, 0 to 3.
 
     At level 0 it compiles in a fifth of the time and runs several times slower. From jax 0.11 XLA
-    has only the newer emitters, and refuses the option that chooses the older.
+    has only the newer emitters, and refuses the option that chooses the older. With those it rounds
+    a product's sum differently from program to program; `exact` keeps the newer ones, for programs
+    that are compared bit by bit.
     """
     options: dict[str, bool | int] = {"xla_backend_optimization_level": level}
     if JAX_VERSION < (0, 11):
-        options["xla_cpu_use_fusion_emitters"] = False
+        options["xla_cpu_use_fusion_emitters"] = exact
     return options
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from moejax.checkpoint import manager as checkpoints
 from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
+from moejax.core.ram import check_host_memory
 from moejax.interop.hf.buffers import make_buffers, read_index
 from moejax.interop.hf.load import (
     Imported,
@@ -33,7 +34,7 @@ from moejax.layers.moe import MoEParams
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.models.experts import split_experts, stacking_copies, without_experts
-from moejax.models.footprint import plan_offload
+from moejax.models.footprint import host_bytes, plan_offload
 from moejax.models.restore import ExpertMemory, read_model_config, restore_params
 from moejax.offload.budget import parse_budget
 from moejax.offload.disk import DiskExperts
@@ -135,7 +136,8 @@ def load(
         progress: called with bytes done and in all.
 
     Raises `InputError` for a wrong or damaged checkpoint, a capacity past the model's context and
-    a budget that is too small, with the smallest one.
+    a budget that is too small, with the smallest one, and for too little host memory, with how much
+    is missing.
     """
     wanted = None if budget is None else parse_budget(budget)
     check(wanted is not None or experts_on_disk is None, "experts on disk want a device budget")
@@ -154,6 +156,9 @@ def load(
     abstract = abstract_model(cfg, mesh=mesh, expert_memory=memory, experts_dtype=experts_dtype)
     room: Any = dict(batch=batch, capacity=capacity, lanes=lanes, predictor_bytes=predictor_bytes)
     offload = plan_offload(wanted, cfg, *abstract, mesh, **room)
+    if experts_on_disk is None:
+        needs = host_bytes(*abstract, mesh, in_host=wanted is not None)
+        check_host_memory(needs, f"the weights of {source.path}")
     how: Any = dict(mesh=mesh, experts_dtype=experts_dtype, progress=progress)
     if experts_on_disk is None:
         found = read_model(source, expert_memory=memory, **how)

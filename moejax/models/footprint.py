@@ -58,6 +58,18 @@ def step_read_bytes(params: DecoderParams, experts: GatedWeights, distinct: floa
     return dense + distinct * expert_bytes(experts)
 
 
+def host_bytes(params: DecoderParams, experts: GatedWeights, mesh: Mesh, *, in_host: bool) -> int:
+    """What the weights take of the memory of this process's host: experts that are `in_host`.
+
+    Where the devices are processors of the host it is all weights, and the experts count once.
+    """
+    local = sum(device.process_index == jax.process_index() for device in mesh.devices.flat)
+    of_experts = nbytes(experts) * local // mesh.devices.size
+    if mesh.devices.flat[0].platform == "cpu":
+        return nbytes(params) * local + of_experts
+    return of_experts if in_host else 0
+
+
 def plan_offload(
     budget: float | int | None,
     cfg: DecoderConfig,

@@ -66,6 +66,15 @@ def layer_slots(num_slots: int, num_layers: int) -> jax.Array:
     return jnp.sort(jnp.arange(num_slots, dtype=jnp.int32) % num_layers)
 
 
+def quota_slots(quotas: tuple[int, ...]) -> jax.Array:
+    """`slot_layer` of `quotas[l]` slots for layer l, such as `costmodel.quotas` finds."""
+    return jnp.repeat(
+        jnp.arange(len(quotas), dtype=jnp.int32),
+        jnp.array(quotas, jnp.int32),
+        total_repeat_length=sum(quotas),
+    )
+
+
 def init_cache(experts: GatedWeights, slot_layer: jax.Array) -> SlotCache:
     """An empty cache for a store with leaves [L, E, ...] (arrays or abstract)."""
     num_layers, num_experts = experts.w_gate.shape[:2]

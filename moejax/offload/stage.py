@@ -34,7 +34,14 @@ from moejax.offload.prefetch import (
     landed_experts,
     look_ahead,
 )
-from moejax.offload.slots import SlotCache, init_cache, layer_slots, shared_slots, touch_layer
+from moejax.offload.slots import (
+    SlotCache,
+    init_cache,
+    layer_slots,
+    quota_slots,
+    shared_slots,
+    touch_layer,
+)
 from moejax.offload.source import HostSource, Store, source_of
 from moejax.offload.waves import (
     last_wave,
@@ -53,7 +60,8 @@ class OffloadConfig:
     Attributes:
         num_slots: experts that the device holds, per rank, all layers together.
         policy: what to evict, see `offload.policies`.
-        quota: `layer` divides the slots equally over the layers, `shared` is one pool.
+        quota: `layer` divides the slots equally over the layers, `shared` is one pool; a tuple says
+            the slots of every layer, see `costmodel.quotas`.
         prefetch_lanes: experts fetched ahead per layer, 0 for none (and no landing buffers).
         fetch_mode: see `prefetch.choose`.
         serve: who serves a miss, see `misses`.
@@ -64,7 +72,7 @@ class OffloadConfig:
 
     num_slots: int
     policy: Literal["lru", "lfu", "random"] = "lru"
-    quota: Literal["layer", "shared"] = "layer"
+    quota: Literal["layer", "shared"] | tuple[int, ...] = "layer"
     prefetch_lanes: int = 0
     fetch_mode: FetchMode = "missing"
     serve: Serve = "fetch"
@@ -78,15 +86,26 @@ class OffloadConfig:
         check(lanes >= 0, f"prefetch_lanes={lanes} must not be negative")
         for name, known in (
             ("policy", sorted(POLICIES)),
-            ("quota", ["layer", "shared"]),
             ("fetch_mode", list(get_args(FetchMode))),
             ("serve", list(get_args(Serve))),
         ):
             value = getattr(self, name)
             check(value in known, f"{name}={value!r} is not one of {known}")
+        self._check_quota()
         check(
             (self.costs is not None) == (self.serve == "divide"),
             f"serve={self.serve!r} and costs={self.costs} do not go together",
+        )
+
+    def _check_quota(self):
+        quota = self.quota
+        if isinstance(quota, str):
+            check(quota in ("layer", "shared"), f"quota={quota!r} is not one of layer, shared")
+            return
+        check(len(quota) > 0 and min(quota) >= 1, f"quota={quota} has a layer without a slot")
+        check(
+            sum(quota) == self.num_slots,
+            f"quota={quota} sums to {sum(quota)}, not to num_slots={self.num_slots}",
         )
 
 
@@ -110,15 +129,23 @@ def init_state(experts: GatedWeights, cfg: OffloadConfig, *, predictor: Any = No
         cfg.num_slots <= num_layers * num_experts,
         f"num_slots={cfg.num_slots} exceeds the {num_layers * num_experts} experts of a rank",
     )
-    if cfg.quota == "layer":
-        slot_layer = layer_slots(cfg.num_slots, num_layers)
-    else:
-        slot_layer = shared_slots(cfg.num_slots)
     return OffloadState(
-        cache=init_cache(experts, slot_layer),
+        cache=init_cache(experts, _slot_layer(cfg, num_layers)),
         landing=init_landing(experts, cfg.prefetch_lanes),
         predictor=predictor,
     )
+
+
+def _slot_layer(cfg, num_layers):
+    if cfg.quota == "shared":
+        return shared_slots(cfg.num_slots)
+    if cfg.quota == "layer":
+        return layer_slots(cfg.num_slots, num_layers)
+    count = len(cfg.quota)
+    check(
+        count == num_layers, f"quota={cfg.quota} is of {count} layers, the model has {num_layers}"
+    )
+    return quota_slots(cfg.quota)
 
 
 def offloaded(
@@ -193,7 +220,8 @@ def _can_crowd(cfg, num_layers, most_wanted):
     """
     if cfg.serve != "fetch":
         return False
-    slots = cfg.num_slots // num_layers if cfg.quota == "layer" else cfg.num_slots
+    least = {"layer": cfg.num_slots // num_layers, "shared": cfg.num_slots}
+    slots = least[cfg.quota] if isinstance(cfg.quota, str) else min(cfg.quota)
     return cfg.prefetch_lanes > 0 and cfg.fetch_mode == "missing" and most_wanted > slots
 
 

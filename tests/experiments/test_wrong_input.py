@@ -176,7 +176,7 @@ AOT = [
 ]
 OFFLOADED_STEP = [
     case("unknown shape", "--shape=huge", "shape 'huge' is not one of", "olmoe-400m"),
-    case("batch is no number", "--batch=1,two", "--batch 'two' is not a positive integer"),
+    case("batch is no number", "--batch=1,two", "--batch=1,two is not a list of positive numbers"),
     case("too few rounds", "--rounds=1", "--rounds=1: 1 is not integer >= 3"),
     case("rounds is no number", "--rounds=ten", "--rounds=ten", "invalid literal for int"),
     case("no config here", "--set=a=1", "Unknown command line flag 'set'"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from moejax.core import ram
 from moejax.core.errors import InputError
 from moejax.core.memory import memory_kinds
 from moejax.core.mesh import make_mesh
@@ -60,6 +61,14 @@ def test_a_budget_is_solved_to_slots(folder_of):
     assert fits.offload.num_slots == 16
     with pytest.raises(InputError, match="predictor 1073741824"):
         load(folder_of("olmoe"), budget="1GiB", capacity=64, predictor_bytes=2**30)
+
+
+def test_too_little_host_memory_is_said_before_reading(folder_of, tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemAvailable: 8 kB\n")
+    monkeypatch.setattr(ram, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(interop_load, "read_model", None)
+    with pytest.raises(InputError, match=r"host memory is too small .* 8192 are .* are missing"):
+        load(folder_of("olmoe"), budget="50%", capacity=64)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "moejax"])

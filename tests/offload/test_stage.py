@@ -66,6 +66,7 @@ def moved_by_plan(cfg, rows):
         (OffloadConfig(num_slots=1, quota="shared", policy="lfu"), 5),
         (OffloadConfig(num_slots=5, quota="shared", policy="random"), 3),
         (OffloadConfig(num_slots=L * E), 5),
+        (OffloadConfig(num_slots=5, quota=(4, 1)), 3),
         (OffloadConfig(num_slots=6, serve="host"), 5),
         (OffloadConfig(num_slots=4, serve="divide", costs=COSTS), 5),
         (OffloadConfig(num_slots=3, quota="shared", serve="divide", costs=COSTS), 1),
@@ -100,7 +101,8 @@ def test_bits_and_counts(experts, cfg, tokens):
         if cfg.serve != "fetch":
             continue
         # What was fetched is there, as far as the layer's slots go.
-        slots = cfg.num_slots // L if cfg.quota == "layer" else cfg.num_slots
+        slots = {"layer": cfg.num_slots // L, "shared": cfg.num_slots}.get(cfg.quota)
+        slots = slots or cfg.quota[layer]
         assert len(wanted & held) >= min(len(wanted), slots) - (cfg.quota == "shared")
     for slot, granule in enumerate(np.asarray(state.cache.table.granule_of)):
         if granule >= 0:
