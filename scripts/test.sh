@@ -3,11 +3,17 @@
 # parity runs. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Beside the installation, which leaves a core idle.
+newer="$(mktemp)"
+scripts/smoke_newer_python.sh >"$newer" 2>&1 &
+smoke=$!
+trap 'kill "$smoke" 2>/dev/null; rm -f "$newer"' EXIT
 # Parity is against transformers on torch, which is installed first.
 source scripts/venv.sh requirements-dev.txt requirements-parity.txt
 export JAX_PLATFORMS=cpu
 # Eight CPU devices on two cores can deadlock in collectives unless the thread pool is larger.
 export NPROC=16
 scripts/check.sh
-scripts/smoke_newer_python.sh
-exec python -m pytest -n 2 --dist loadfile "$@"
+wait "$smoke" || { cat "$newer"; exit 1; }
+cat "$newer"
+python -m pytest -n 2 --dist loadfile "$@"

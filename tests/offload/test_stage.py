@@ -65,7 +65,7 @@ def moved_by_plan(cfg, rows):
         (OffloadConfig(num_slots=2), 5),  # one slot per layer, up to eight experts wanted
         (OffloadConfig(num_slots=1, quota="shared", policy="lfu"), 5),
         (OffloadConfig(num_slots=5, quota="shared", policy="random"), 3),
-        (OffloadConfig(num_slots=L * E), 5),
+        pytest.param(OffloadConfig(num_slots=L * E), 5, marks=pytest.mark.full),
         (OffloadConfig(num_slots=5, quota=(4, 1)), 3),
         (OffloadConfig(num_slots=6, serve="host"), 5),
         (OffloadConfig(num_slots=4, serve="divide", costs=COSTS), 5),

@@ -123,12 +123,10 @@ def test_resident_engine_equals_greedy_full_forward(batch):
 @pytest.mark.parametrize(
     "batch, ranks, offload, make_prediction",
     [
-        (1, 1, OffloadConfig(num_slots=6), None),
         (4, 1, OffloadConfig(num_slots=L), None),  # one slot a layer: waves
         (4, 1, OffloadConfig(num_slots=6, prefetch_lanes=2), next_gate),
         (1, 1, OffloadConfig(num_slots=6, prefetch_lanes=2, fetch_mode="always"), next_gate),
         (4, 1, OffloadConfig(num_slots=6, prefetch_lanes=3, policy="lfu"), history),
-        (4, 2, OffloadConfig(num_slots=4), None),
         (4, 2, OffloadConfig(num_slots=4, prefetch_lanes=2), next_gate),
         (1, 4, OffloadConfig(num_slots=3, prefetch_lanes=2), path),
         (4, 2, OffloadConfig(num_slots=4, serve="host"), None),

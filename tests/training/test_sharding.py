@@ -49,8 +49,8 @@ def want(tokens):
     ("data", "expert", "model", "axis_type", "fully_sharded", "dispatch"),
     [
         (1, 2, 1, "explicit", False, DispatchConfig()),
-        (4, 1, 1, "auto", False, DispatchConfig()),
-        (2, 2, 2, "auto", False, ROOMY),
+        pytest.param(4, 1, 1, "auto", False, DispatchConfig(), marks=pytest.mark.full),
+        pytest.param(2, 2, 2, "auto", False, ROOMY, marks=pytest.mark.full),
         (2, 2, 2, "explicit", True, DispatchConfig()),
         (1, 4, 1, "auto", True, DispatchConfig(strategy="all_to_all", fall_back=True)),
         (2, 2, 1, "auto", True, dataclasses.replace(ROOMY, over_data=True)),
