@@ -166,8 +166,9 @@ def fetch(
             experts.append(source.fetch(granule[lane]))
             continue
 
-        def bring(_, old, lane=lane):
-            return source.fetch(granule[lane])
+        def bring(trip, old, lane=lane):
+            # A row that is the same in every trip would be fetched before the loop, live or not.
+            return source.fetch(granule[lane] + trip)
 
         experts.append(jax.lax.fori_loop(0, live[lane].astype(jnp.int32), bring, old))
     return Landing(granule=jnp.where(live, granule, -1), experts=tuple(experts))
