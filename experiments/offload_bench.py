@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from configs.shapes import get_shape
@@ -180,7 +181,7 @@ def compare(
     hot = steps.hot_granules(resident, slots)
     stores = steps.make_stores(model, {one.column_parts for one in policies})
     arms = {steps.RESIDENT: steps.resident_arm(model)}
-    for policy in policies:
+    for policy in track(policies, f"batch {len(model.prompts)}: compiling"):
         arms[policy.name] = steps.offloaded_arm(
             model, policy, stores[policy.column_parts], slots, costs, hot, ahead
         )
