@@ -181,7 +181,7 @@ def compare(
     hot = steps.hot_granules(resident, slots)
     stores = steps.make_stores(model, {one.column_parts for one in policies})
     arms = {steps.RESIDENT: steps.resident_arm(model)}
-    for policy in track(policies, f"batch {len(model.prompts)}: compiling"):
+    for policy in track(policies, f"batch {len(model.prompts)}: compiling", transient=True):
         arms[policy.name] = steps.offloaded_arm(
             model, policy, stores[policy.column_parts], slots, costs, hot, ahead
         )
