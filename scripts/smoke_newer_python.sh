@@ -14,11 +14,11 @@ if [ -z "$found" ]; then
   echo "smoke test on newer Python: skipped, no Python 3.12 or 3.13 found"
   exit 0
 fi
-stamp=".venv-newer/installed-$(cksum <requirements.txt | cut -d' ' -f1)"
+stamp=".venv-newer/installed-$(cat requirements.txt "$0" | cksum | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then
   rm -rf .venv-newer
   "$found" -m venv .venv-newer
-  .venv-newer/bin/pip install --quiet --disable-pip-version-check -r requirements.txt pytest
+  .venv-newer/bin/pip install --quiet --disable-pip-version-check -r requirements.txt pytest safetensors
   touch "$stamp"
 fi
 .venv-newer/bin/python -c 'import sys, jax; print(f"smoke test: Python {sys.version.split()[0]}, jax {jax.__version__}")'
