@@ -14,7 +14,7 @@ if [ -z "$found" ]; then
   echo "smoke test on newer Python: skipped, no Python 3.12 or 3.13 found"
   exit 0
 fi
-stamp=".venv-newer/installed-$(cat requirements.txt "$0" | cksum | cut -d' ' -f1)"
+stamp=".venv-newer/installed-$(cat requirements.txt scripts/smoke_newer_python.sh | cksum | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then
   rm -rf .venv-newer
   "$found" -m venv .venv-newer
