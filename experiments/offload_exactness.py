@@ -28,16 +28,15 @@ from experiments.offload_steps import exactness
 from moejax.core.compat import cheap_cpu_options
 from moejax.core.errors import check
 
-BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64"], "sequences side by side")
+SEQUENCES = flags.DEFINE_list("batch_sizes", ["1", "4", "16", "64"], "sequences side by side")
 WAYS = flags.DEFINE_list("ways", list(exactness.WAYS), "ways to serve a miss, of the default")
 RANKS = flags.DEFINE_list("ranks", ["1", "2"], "ranks that share the experts")
-PROMPT = flags.DEFINE_integer("prompt", 8, "tokens of each prompt", lower_bound=1)
-NEW = flags.DEFINE_integer("new", 24, "tokens behind it", lower_bound=1)
+SIZE = {"prompt": 8, "new": 24}  # tokens of each sequence
 TOLERANCE = 1e-5  # of the largest logit, where the host is another processor
 
 
 def main() -> None:
-    batches = cli.read_counts(BATCHES)
+    batches = cli.read_counts(SEQUENCES)
     ranks = cli.read_counts(RANKS)
     unknown = [way for way in WAYS.value if way not in exactness.WAYS]
     known = ", ".join(exactness.WAYS)
@@ -51,9 +50,8 @@ def main() -> None:
     jit = partial(jax.jit, compiler_options=cheap_cpu_options(0, exact=True)) if on_cpu else jax.jit
     cases = []
     for batch in batches:
-        size = {"prompt": PROMPT.value, "new": NEW.value}
-        model = exactness.make_model(batch, **size)
-        forced = exactness.adversarial(batch, **size)
+        model = exactness.make_model(batch, **SIZE)
+        forced = exactness.adversarial(batch, **SIZE)
         resident: dict[exactness.Routed, exactness.Run] = {
             "own": exactness.run_resident(model, None, jit=jit),
             "adversarial": exactness.run_resident(model, forced, jit=jit),

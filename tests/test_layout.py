@@ -1,6 +1,7 @@
 """Tests mirror the library: `moejax/PKG/NAME.py` is tested by `tests/PKG/test_NAME.py`."""
 
 import pathlib
+import re
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -100,3 +101,21 @@ def test_every_test_file_tests_a_module():
 def test_test_folders_are_packages():
     for folder in {path.parent for path in (ROOT / "tests").rglob("test_*.py")}:
         assert (folder / "__init__.py").exists(), f"{folder} has no __init__.py"
+
+
+def test_programs_that_tests_import_share_no_flag_by_accident():
+    """A worker imports many of them into one process, in any order."""
+    text = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    imported = set(re.findall(r"^from experiments(?:\.bench)?\.(\w+) import", text, re.MULTILINE))
+    for names in re.findall(r"^from experiments(?:\.bench)? import (.+)$", text, re.MULTILINE):
+        imported |= set(re.findall(r"\w+", names))
+    assert {"offload_bench", "decode", "aot_report"} <= imported
+    where: dict[str, list[str]] = {}
+    for folder in ("experiments", "experiments/bench"):
+        for name in sorted(imported):
+            path = ROOT / folder / f"{name}.py"
+            source = path.read_text() if path.exists() else ""
+            for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source):
+                where.setdefault(flag, []).append(f"{folder}/{name}.py")
+    twice = {flag: paths for flag, paths in where.items() if len(paths) > 1}
+    assert not twice, twice

@@ -1,6 +1,6 @@
 """Decoding with experts on disk: page cache and cold files against pinned host memory.
 
-    python -m experiments.bench.disk_tier --folder=workdir/experts --json=results/disk_tier.json
+    python -m experiments.bench.disk_tier --experts_folder=workdir/experts --json=disk.json
 
 One compiled step per token of random weights, the same budget and the same tokens for all:
 
@@ -45,7 +45,7 @@ from moejax.offload.store import expert_bytes, to_host
 from moejax.serving.engine import Engine, make_engine, split_experts
 from moejax.serving.prediction import next_gate
 
-FOLDER = flags.DEFINE_string("folder", None, "where the experts go, on the disk to be measured")
+FOLDER = flags.DEFINE_string("experts_folder", None, "on the disk to be measured")
 
 
 class Arm:
@@ -125,7 +125,7 @@ def compare(arms: dict[str, Arm], expert: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    check(bool(FOLDER.value), "--folder names a folder on the disk to be measured")
+    check(bool(FOLDER.value), "--experts_folder names a folder on the disk to be measured")
     cli.check_writable(cli.JSON.value)
     cfg, results = get_shape(SHAPE.value), {}
     check(len(BATCH.value) > 0, "--batch= names no batch size")

@@ -19,7 +19,7 @@ SIZE = {"prompt": 3, "new": 6}
     "line, message",
     [
         ("--ways=fetch,guess", "--ways=fetch,guess is not of fetch, fetch_lfu"),
-        ("--batches=0", "--batches=0 is not a list of positive numbers"),
+        ("--batch_sizes=0", "--batch_sizes=0 is not a list of positive numbers"),
     ],
 )
 def test_wrong_input_is_refused(line, message):

@@ -69,7 +69,11 @@ def moved_by_plan(cfg, rows):
         (OffloadConfig(num_slots=5, quota=(4, 1)), 3),
         (OffloadConfig(num_slots=6, serve="host"), 5),
         (OffloadConfig(num_slots=4, serve="divide", costs=COSTS), 5),
-        (OffloadConfig(num_slots=3, quota="shared", serve="divide", costs=COSTS), 1),
+        pytest.param(
+            OffloadConfig(num_slots=3, quota="shared", serve="divide", costs=COSTS),
+            1,
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_bits_and_counts(experts, cfg, tokens):
