@@ -2,7 +2,8 @@
 
     python -m experiments.bench.disk_tier --experts_folder=workdir/experts --json=disk.json
 
-One compiled step per token of random weights, the same budget and the same tokens for all:
+One compiled step per token of random weights, the same budget and the same random tokens for all
+(what random weights decode repeats itself, and would soon be cached):
 
     host         experts in pinned host memory
     cached       on disk, the page cache holds the files
@@ -52,14 +53,16 @@ class Arm:
     """An engine and its running session; `before` is called before a step and not timed."""
 
     def __init__(self, engine: Engine, batch: int, before: Callable[[], None] | None = None):
-        token = jnp.arange(batch, dtype=jnp.int32)
         self.engine, self.before = engine, before
-        self.session = dataclasses.replace(engine.start(batch), token=token)
+        self.session, self.vocab = engine.start(batch), engine.cfg.vocab_size
         self.seconds: list[float] = []
         self.tokens: list[np.ndarray] = []
         self.fetched: list[int] = []
 
     def step(self) -> None:
+        rng = np.random.default_rng(len(self.tokens))
+        token = rng.integers(0, self.vocab, self.session.token.shape[0])
+        self.session = dataclasses.replace(self.session, token=jnp.asarray(token, jnp.int32))
         if self.before:
             self.before()
         begin = time.perf_counter()
@@ -71,11 +74,10 @@ class Arm:
 
 def forget(disk: DiskExperts) -> None:
     """Puts all files of `disk` out of the page cache."""
-    for layer, file in enumerate(disk.files):
-        file.mapped.madvise(mmap.MADV_DONTNEED)  # what is mapped stays
-        with open(disk.folder / f"experts-{layer:05d}.safetensors", "rb") as opened:
-            os.fdatasync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for layer in disk.files:
+        layer.mapped.madvise(mmap.MADV_DONTNEED)  # what is mapped stays
+        os.fdatasync(layer.file.fileno())
+        os.posix_fadvise(layer.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def make_arms(cfg: DecoderConfig, folder: pathlib.Path, batch: int) -> dict[str, Arm]:

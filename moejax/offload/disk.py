@@ -11,9 +11,11 @@ Axis letters:
 
 import dataclasses
 import mmap
+import os
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -40,29 +42,35 @@ class DiskExperts:
     Attributes:
         shapes: what the folder holds, a tree of `ShapeDtypeStruct`s [L, E, ...].
         files: of the layers in turn.
+        reader: the thread that asks for what will be needed: to ask may take as long as to read.
     """
 
     folder: pathlib.Path
     shapes: GatedWeights
     files: tuple["LayerFile", ...] = dataclasses.field(repr=False)
+    reader: ThreadPoolExecutor = dataclasses.field(repr=False)
 
     def row(self, granule: Any) -> GatedWeights:
-        """Expert `granule`, `layer * E + expert`, leaves without leading axes: views of its file.
+        """A copy of expert `granule`, `layer * E + expert`, leaves without leading axes.
 
-        Copying them waits for the disk where the page cache has them not.
+        Waits for the disk where the page cache does not have it.
         """
         file, expert = self._find(int(granule))
-        file.will_need(expert)  # in large reads, where page faults make small ones
-        rows = [leaf.array[expert] for leaf in file.leaves]
+        file.read_ahead(expert)  # in large reads, where page faults make small ones
+        # Copied here, where NumPy lets other threads run: the callback copies under Python's lock.
+        rows = [leaf.array[expert].copy() for leaf in file.leaves]
         return jax.tree.unflatten(jax.tree.structure(self.shapes), rows)
 
     def will_need(self, granules: Any) -> np.ndarray:
         """Starts to read experts int32 [n], -1 for none, and does not wait; returns `granules`."""
         granules = np.asarray(granules)
-        for granule in granules[granules >= 0]:
-            file, expert = self._find(int(granule))
-            file.will_need(expert)
+        self.reader.submit(self._read_ahead, granules[granules >= 0])
         return granules
+
+    def _read_ahead(self, granules: np.ndarray) -> None:
+        for granule in granules:
+            file, expert = self._find(int(granule))
+            file.read_ahead(expert)
 
     def _find(self, granule: int) -> tuple["LayerFile", int]:
         layer, expert = divmod(granule, self.shapes.w_gate.shape[1])
@@ -79,23 +87,26 @@ class _Leaf:
 class LayerFile:
     """A file in the address space of this process."""
 
+    file: BinaryIO
     mapped: mmap.mmap
     leaves: tuple[_Leaf, ...]
 
-    def will_need(self, expert: int) -> None:
+    def read_ahead(self, expert: int) -> None:
+        """Asks the operating system to read the rows of `expert` into its page cache."""
         for leaf in self.leaves:
             size = leaf.array[expert].nbytes
             start = leaf.offset + expert * size
-            for begin in range(start - start % mmap.PAGESIZE, start + size, _ADVICE):
+            for begin in range(start, start + size, _ADVICE):
                 length = min(_ADVICE, start + size - begin)
-                self.mapped.madvise(mmap.MADV_WILLNEED, begin, length)
+                os.posix_fadvise(self.file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
 
 
 def open_experts(folder: pathlib.Path, shapes: GatedWeights, fingerprint: str) -> DiskExperts:
     """The experts in `folder`, which must be whole: `shapes` [L, E, ...] of model `fingerprint`.
 
     Raises `InputError` in one line for files that are missing, damaged or of another model. Cost:
-    one header read per layer; no weights are read.
+    one header read and one open file per layer; no weights are read. Not on macOS, whose files
+    take no advice.
     """
     missing = missing_layers(folder, shapes, fingerprint)
     num_layers = shapes.w_gate.shape[0]
@@ -106,7 +117,8 @@ def open_experts(folder: pathlib.Path, shapes: GatedWeights, fingerprint: str) -
     )
     names = layer_tensors(shapes)
     files = [_map(_path(folder, layer), list(names)) for layer in range(num_layers)]
-    return DiskExperts(folder, shapes, tuple(files))
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
+    return DiskExperts(folder, shapes, tuple(files), reader)
 
 
 def missing_layers(folder: pathlib.Path, shapes: GatedWeights, fingerprint: str) -> list[int]:
@@ -190,9 +202,9 @@ def _check_file(path: pathlib.Path, tensors: dict[str, Any], fingerprint: str) -
 
 def _map(path: pathlib.Path, names: list[str]) -> LayerFile:
     stored = read_header(path)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return LayerFile(mapped, tuple(_view(mapped, stored[name]) for name in names))
+    file = path.open("rb")
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return LayerFile(file, mapped, tuple(_view(mapped, stored[name]) for name in names))
 
 
 def _view(mapped: mmap.mmap, stored: Stored) -> _Leaf:

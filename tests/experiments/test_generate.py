@@ -74,27 +74,25 @@ def test_a_batch_under_a_budget_gives_what_transformers_gives(model, tmp_path):
     assert figures["ttft_s"] > 0 and 0 < figures["fraction_of_bound"]
 
 
-def test_quantised_experts_give_the_same_tokens_from_everywhere(model, tmp_path):
+def test_quantised_experts_give_the_same_tokens_resident_and_from_disk(model, tmp_path):
     args = f"--model={model.folder} --prompt=1 --prompt=2 --max_new_tokens=8 --experts_dtype=int8"
     cases = {
         "resident": "--device_budget=none",
-        "offloaded": "--device_budget=50%",
         "on_disk": f"--device_budget=50% --experts_on_disk={tmp_path}/experts "
         "--predictor=next_gate --prefetch_lanes=0",
     }
     rows = [f"{args} {budget} --json={tmp_path}/{name}.json" for name, budget in cases.items()]
     results = run_here(rows)
-    assert [result["status"] for result in results] == [None] * 3, results
+    assert [result["status"] for result in results] == [None, None], results
     figures = [json.loads((tmp_path / f"{name}.json").read_text())["figures"] for name in cases]
-    resident, offloaded, on_disk = figures
-    assert resident["tokens"] == offloaded["tokens"] and offloaded["hit_rate"] < 1
+    resident, on_disk = figures
     assert resident["tokens"] == on_disk["tokens"] and on_disk["hit_rate"] < 1
     assert on_disk["experts_on_disk"] == f"{tmp_path}/experts" and on_disk["fraction_of_bound"] > 0
     for one in figures:
         assert one["outputs"] == "lossy: of experts in int8, not of the full weights"
     # A byte per weight, and a scale per column: 24 of w_gate and w_up, 32 of w_down.
     expert = 3 * 32 * 24 + 4 * (24 + 24 + 32)
-    fetched = 2 * 7 * offloaded["bytes_per_token"] / expert  # by two sequences in 7 steps
+    fetched = 2 * 7 * on_disk["bytes_per_token"] / expert  # by two sequences in 7 steps
     assert fetched > 0 and abs(fetched - round(fetched)) < 1e-6
 
 

@@ -167,7 +167,7 @@ def test_experts_on_disk_decode_the_same_tokens(tmp_path, monkeypatch):
         return will_need(disk, granules)
 
     monkeypatch.setattr(DiskExperts, "will_need", note)
-    offload = OffloadConfig(num_slots=4, prefetch_lanes=2)
+    offload = OffloadConfig(num_slots=4, prefetch_lanes=1)
     tokens, metrics = decode(
         4, ranks=2, offload=offload, make_prediction=next_gate, folder=tmp_path
     )

@@ -60,10 +60,10 @@ def folders(tmp_path_factory):
     return large, small
 
 
-def peak_of(folders, *experts_dtype):
+def peak_of(folders, *options):
     """{"peak": bytes, "target": bytes} of loading, and the bytes of the largest tensor."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.interop.hf.peak_child", *map(str, folders), *experts_dtype],
+        [sys.executable, "-m", "tests.interop.hf.peak_child", *map(str, folders), *options],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "16"},
         capture_output=True,
         text=True,
@@ -71,7 +71,7 @@ def peak_of(folders, *experts_dtype):
     assert done.returncode == 0, done.stderr
     largest = max(stored.nbytes for stored in open_folder(folders[0]).values())
     figures = json.loads(done.stdout.splitlines()[-1])
-    print(*experts_dtype, figures, largest)
+    print(*options, figures, largest)
     return figures, largest
 
 
@@ -88,3 +88,12 @@ def test_the_whole_stack_is_never_held_beside_the_quantised_one(folders):
     figures, largest = peak_of(folders, "int4")
     assert figures["target"] < 0.7 * 10**9
     assert figures["peak"] <= figures["target"] + 10 * largest
+
+
+@pytest.mark.full
+def test_experts_on_disk_are_never_held(folders, tmp_path):
+    """The target is what is left without them."""
+    figures, largest = peak_of(folders, "any", str(tmp_path))
+    assert figures["target"] < 0.1 * 10**9
+    assert figures["peak"] <= figures["target"] + 4 * largest
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) > 2 * 10**9
