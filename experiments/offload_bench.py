@@ -60,7 +60,7 @@ from moejax.models.experts import split_experts
 from moejax.models.footprint import footprint
 from moejax.offload.budget import parse_budget, solve_slots
 from moejax.offload.store import expert_bytes, to_host
-from moejax.predictors.store import restore_predictor
+from moejax.predictors.store import Predictor, restore_predictor
 from moejax.serving import prediction
 from moejax.serving.prediction import Prediction
 
@@ -85,8 +85,9 @@ def main() -> None:
     check(budget is not None, "--device_budget=none offloads nothing")
     planned = None if PLAN.value is None else read_plan(PLAN.value)
     policies = get_policies(POLICY.value) if planned is None else [planned[0]]
+    learned = None if FITTED.value is None else restore_predictor(FITTED.value)
     model = read_model(max(sizes))
-    ahead = read_prediction(model)
+    ahead = make_prediction(model, learned)
     link = host_fetch_bytes_per_s(to_host(model.experts, model.mesh), experts=16)
     costs = planned[1] if planned else measure_costs(model.experts, model.cfg.moe.router.top_k)
     figures: dict[str, Any] = {
@@ -142,11 +143,11 @@ def read_model(batch: int) -> steps.Model:
     )
 
 
-def read_prediction(model: steps.Model) -> Prediction:
-    """What policies with lanes fetch by, whatever their name says: `--fitted`, or next gate."""
-    if FITTED.value is None:
+def make_prediction(model: steps.Model, learned: Predictor | None) -> Prediction:
+    """What policies with lanes fetch by, whatever their name says: `learned`, or next gate."""
+    if learned is None:
         return prediction.next_gate(model.params, model.cfg)
-    return prediction.fitted(restore_predictor(FITTED.value), model.params, model.cfg)
+    return prediction.fitted(learned, model.params, model.cfg)
 
 
 def read_prompts(cfg: DecoderConfig, batch: int) -> np.ndarray:

@@ -17,6 +17,7 @@ REFUSED = {
     "--device_budget=none": "--device_budget=none offloads nothing",
     "--shape=huge": "shape 'huge' is not one of",
     "--plan=absent.json": "--plan=absent.json: No such file or directory",
+    "--fitted=absent": "absent/predictor.json",
     "--prompt_file=text": "--prompt_file wants a --model",
 }
 
