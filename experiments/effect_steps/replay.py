@@ -167,7 +167,8 @@ def _one(
     count = best_lanes(precision, tau_s=run.tau_s, window_s=run.window_s)
     every = FIXED["next_gate"]
     ruled = dataclasses.replace(every, name="lru+lanes", lanes=count) if count else LRU
-    by_rule, all_guesses = run.times(after, ruled), run.times(after, every)
+    by_rule = run.times(after, ruled) if count else plain
+    all_guesses = run.times(after, every)
     plans = [blind[0], *([ruled] if count else []), *(named[name] for name in AHEAD)]
     chosen = choose_plan(before, run.machine, slots=run.slots, plans=plans)
     planned = blind[1] if chosen == blind[0] else run.times(after, chosen)
