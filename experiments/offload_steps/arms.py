@@ -95,9 +95,10 @@ def offloaded_arm(
 
     Policies with lanes fetch what `ahead` predicts.
     """
-    offload = policy.config(slots, model.cfg.num_moe_layers, costs)
+    cfg = model.cfg
+    offload = policy.config(slots, cfg.num_moe_layers, cfg.moe.num_experts, costs)
     engine = make_engine(
-        model.params, store, model.cfg, model.mesh, capacity=model.capacity,
+        model.params, store, cfg, model.mesh, capacity=model.capacity,
         offload=offload, prediction=ahead if policy.lanes else None,
     )  # fmt: skip
     return Arm(engine, model, hot if policy.keep == "static" else None)

@@ -10,29 +10,29 @@ from moejax.costmodel.miss import MissCosts
 from moejax.offload.misses import Serve
 from moejax.offload.stage import OffloadConfig
 
+Keep = Literal["none", "lru", "lfu", "static"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     """What happens to misses and to the cache; an `OffloadConfig` without the machine.
 
     Attributes:
-        keep: `static` fills the cache with the most used experts once; else what is evicted.
-        share: of the slots that the budget buys; the rest stays empty. 0 leaves one per layer.
+        keep: `static` fills the cache with the most used experts once; `none` has no cache, but
+            slots for the experts of one layer; else what is evicted.
         lanes: experts that the next layer's own gate makes the link fetch ahead.
     """
 
     name: str
     serve: Serve = "fetch"
-    keep: Literal["lru", "lfu", "static"] = "lru"
-    share: float = 1.0
+    keep: Keep = "lru"
     lanes: int = 0
     column_parts: int = 1
 
     def __post_init__(self):
-        for field, known in (("serve", get_args(Serve)), ("keep", ("lru", "lfu", "static"))):
+        for field, known in (("serve", get_args(Serve)), ("keep", get_args(Keep))):
             value = getattr(self, field)
             check(value in known, f"{field}={value!r} is not one of {', '.join(known)}")
-        check(0 <= self.share <= 1, f"share={self.share} is not between 0 and 1")
         for field, least in (("lanes", 0), ("column_parts", 1)):
             value = getattr(self, field)
             check(value >= least, f"{field}={value} must be at least {least}")
@@ -42,20 +42,24 @@ class Policy:
         """Whether outputs are those of resident experts to the bit, on CPU."""
         return self.column_parts == 1
 
-    def config(self, slots: int, num_layers: int, costs: MissCosts) -> OffloadConfig:
+    def config(
+        self, slots: int, num_layers: int, num_experts: int, costs: MissCosts
+    ) -> OffloadConfig:
         """The stage's config with `slots` whole experts on the device, landing ones included.
 
         `costs` are those of a whole expert.
         """
         parts = self.column_parts
-        kept = max(num_layers, int(self.share * slots) * parts - self.lanes)
-        divides = self.serve == "divide"
+        kept = max(num_layers, slots * parts - self.lanes)
+        # Least recently used of all layers: used again a whole step later, so never found again.
+        layer_alone = min(slots, num_experts) * parts
         return OffloadConfig(
-            num_slots=kept,
-            policy="lru" if self.keep == "static" else self.keep,
+            num_slots=layer_alone if self.keep == "none" else kept,
+            quota="shared" if self.keep == "none" else "layer",
+            policy="lfu" if self.keep == "lfu" else "lru",
             prefetch_lanes=self.lanes,
             serve=self.serve,
-            costs=part_costs(costs, parts) if divides else None,
+            costs=part_costs(costs, parts) if self.serve == "divide" else None,
             column_parts=parts,
         )
 
@@ -68,11 +72,11 @@ def part_costs(costs: MissCosts, parts: int) -> MissCosts:
 POLICIES: dict[str, Policy] = {
     one.name: one
     for one in (
-        Policy(name="on_demand", share=0.0),
+        Policy(name="on_demand", keep="none"),
         Policy(name="lru"),
         Policy(name="lfu", keep="lfu"),
         Policy(name="next_gate", lanes=4),
-        Policy(name="all_host", serve="host", share=0.0),
+        Policy(name="all_host", serve="host", keep="none"),
         Policy(name="static_hot", serve="host", keep="static"),
         Policy(name="divide", serve="divide", keep="lfu"),
         Policy(name="divide+next_gate", serve="divide", keep="lfu", lanes=4),

@@ -105,8 +105,7 @@ def open_experts(folder: pathlib.Path, shapes: GatedWeights, fingerprint: str) -
     """The experts in `folder`, which must be whole: `shapes` [L, E, ...] of model `fingerprint`.
 
     Raises `InputError` in one line for files that are missing, damaged or of another model. Cost:
-    one header read and one open file per layer; no weights are read. Not on macOS, whose files
-    take no advice.
+    one header read and one open file per layer; no weights are read.
     """
     missing = missing_layers(folder, shapes, fingerprint)
     num_layers = shapes.w_gate.shape[0]
@@ -124,9 +123,13 @@ def open_experts(folder: pathlib.Path, shapes: GatedWeights, fingerprint: str) -
 def missing_layers(folder: pathlib.Path, shapes: GatedWeights, fingerprint: str) -> list[int]:
     """The layers that have no file in `folder` yet, which need not exist.
 
-    Raises `InputError` where a file is damaged or of another model, and for a folder of other
-    things.
+    Raises `InputError` where a file is damaged or of another model, for a folder of other things,
+    and on macOS, whose files take no advice.
     """
+    check(
+        hasattr(os, "posix_fadvise"),
+        "experts on disk want an operating system with posix_fadvise, which this one has not",
+    )
     if not folder.exists():
         return list(range(shapes.w_gate.shape[0]))
     check(folder.is_dir(), f"experts folder {folder} is not a folder")

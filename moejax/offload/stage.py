@@ -45,6 +45,7 @@ from moejax.offload.slots import (
 from moejax.offload.source import HostSource, Store, source_of
 from moejax.offload.waves import (
     last_wave,
+    num_waves,
     plan_call,
     run_last,
     run_missing,
@@ -234,7 +235,7 @@ def _counts(work, landing, used, axis):
         host_computes=work.num_missing - work.num_moved,
         prefetches=fetched,
         prefetches_wasted=fetched - used,
-        waves=1 + work.num_moved,
+        waves=num_waves(work),
     )
     waves = most_of_ranks(counts.waves, axis)
     return dataclasses.replace(sum_ranks(counts, axis), waves=waves)

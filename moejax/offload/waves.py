@@ -6,6 +6,9 @@ missing expert starts before a wave computes and lands after it, so link and com
 any number of missing experts passes through any number of slots. With everything cached there is
 one wave and no loop iteration.
 
+Where link and compute are one processor (CPU) nothing overlaps, and a wave per expert would only
+cost: missing experts land one after the other as long as slots are free, and *join* wave 0.
+
 When the layer wants more experts than it has slots, some that were prefetched find no room. These
 *late* experts stay in their landing buffers until the slots have been computed, take any of them
 but the last missing expert's, and join the last wave: no transfer, no wave of their own.
@@ -59,6 +62,7 @@ class Work:
     num_missing: jax.Array  # int32 [], at least 1 when any is late
     num_moved: jax.Array  # int32 [], of these, fetched by demand; all of them when any is late
     num_late: jax.Array  # int32 []
+    num_free: jax.Array  # int32 [], slots of the layer that hold nothing wanted; 0 when any is late
 
 
 def sort_experts(
@@ -73,9 +77,11 @@ def sort_experts(
     """
     absent = wanted & (layer_slot_of(table, layer, wanted.shape[0]) < 0)
     waiting = absent & landed
-    room = jnp.minimum(jnp.sum(absent, dtype=jnp.int32), num_slots_of(table, layer)) - 1
+    num_slots = num_slots_of(table, layer)
+    room = jnp.minimum(jnp.sum(absent, dtype=jnp.int32), num_slots) - 1
     late = waiting & (jnp.cumsum(waiting, dtype=jnp.int32) <= room)
     rank = jnp.where(wanted, jnp.where(late, 2, absent.astype(jnp.int32)), 3)
+    num_cached = jnp.sum(rank == 0, dtype=jnp.int32)
     num_missing = jnp.sum(rank == 1, dtype=jnp.int32)
     most = jnp.max(rows) + 1
     fewer = jnp.where(rank == 1, most - rows, 0)
@@ -84,10 +90,11 @@ def sort_experts(
         order=jnp.argsort(rank * (most + 1) + fewer, stable=True).astype(jnp.int32),
         wanted=wanted,
         late=late,
-        num_cached=jnp.sum(rank == 0, dtype=jnp.int32),
+        num_cached=num_cached,
         num_missing=num_missing,
         num_moved=num_missing,
         num_late=jnp.sum(late, dtype=jnp.int32),
+        num_free=num_slots - num_cached,
     )
 
 
@@ -171,19 +178,36 @@ def _overlapped(call, source, xs, work, plan, cache, y):
 def _in_turn(call, source, xs, work, plan, cache, y):
     """The same where link and compute are one processor: straight into the slot, one copy less."""
     call = dataclasses.replace(call, source=source, xs=xs, work=work, plan=plan)
-    n = work.num_moved
-    y = _compute(call, y, cache, 0, jnp.where(n == 0, 0, work.num_cached))
+    n, joined = work.num_moved, _num_joined(work)
+
+    def land(i: jax.Array, cache: SlotCache) -> SlotCache:
+        return _land(call, cache, i, _fetch(call, i))
+
+    cache = jax.lax.fori_loop(0, joined, land, cache)
+    y = _compute(call, y, cache, 0, jnp.where(n == joined, 0, work.num_cached + joined))
 
     def wave(i: jax.Array, carry):
         y, cache = carry
-        cache = _land(call, cache, i, _fetch(call, i))
+        cache = land(i, cache)
         missing = work.num_cached + i
         # The last one's rows are left to `run_last`.
         end = jnp.where(i == n - 1, missing, missing + 1)
         return _compute(call, y, cache, missing, end), cache
 
-    y, cache = jax.lax.fori_loop(0, n, wave, (y, cache))
+    y, cache = jax.lax.fori_loop(joined, n, wave, (y, cache))
     return cache, y
+
+
+def _num_joined(work):
+    """int32 []: how many of the moved experts wave 0 computes, beside the cached ones."""
+    return jax.lax.platform_dependent(
+        work.num_moved, work.num_free, cpu=jnp.minimum, default=lambda moved, free: moved - moved
+    )
+
+
+def num_waves(work: Work) -> jax.Array:
+    """int32 []: how often `run_missing` and `run_last` compute."""
+    return 1 + work.num_moved - _num_joined(work)
 
 
 def last_wave(work: Work) -> jax.Array:
@@ -195,7 +219,7 @@ def last_wave(work: Work) -> jax.Array:
 
 
 def run_last(call: Call, cache: SlotCache, y: jax.Array) -> jax.Array:
-    """The last wave: all cached experts when nothing was missing, else the last missing one.
+    """The last wave: the last missing expert, or wave 0 where no other is left.
 
     Late experts come with it.
     """
@@ -212,7 +236,8 @@ def unpermute(call: Call, y: jax.Array) -> jax.Array:
 
 def _last_wave_bounds(work):
     moved = work.num_cached + work.num_moved
-    return jnp.where(work.num_moved == 0, 0, moved - 1), moved + work.num_late
+    first = jnp.where(work.num_moved == _num_joined(work), 0, moved - 1)
+    return first, moved + work.num_late
 
 
 def _compute(call, y, cache, first, last):

@@ -59,8 +59,9 @@ def test_plans_are_read_back_or_refused(tmp_path):
 
 
 def test_a_budget_is_divided_into_slots_of_parts():
-    config = POLICIES["columns"].config(10, 2, COSTS)
+    config = POLICIES["columns"].config(10, 2, 8, COSTS)
     assert (config.num_slots, config.column_parts, config.costs.fetch_s) == (40, 4, 0.25e-3)
-    ahead = POLICIES["next_gate"].config(10, 2, COSTS)
+    ahead = POLICIES["next_gate"].config(10, 2, 8, COSTS)
     assert (ahead.num_slots, ahead.prefetch_lanes, ahead.costs) == (6, 4, None)
-    assert POLICIES["on_demand"].config(10, 2, COSTS).num_slots == 2
+    alone = POLICIES["on_demand"].config(10, 2, 8, COSTS)
+    assert (alone.num_slots, alone.quota) == (8, "shared")

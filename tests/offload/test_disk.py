@@ -65,6 +65,12 @@ def test_read_ahead_covers_the_rows(experts, tmp_path, monkeypatch):
         assert max(e for _, e in advised if e <= first + size) == first + size
 
 
+def test_a_system_that_takes_no_advice_is_named_first(experts, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise")
+    with pytest.raises(InputError, match="want an operating system with posix_fadvise"):
+        missing_layers(tmp_path, shapes_like(experts), MODEL)
+
+
 def test_a_stopped_run_goes_on(experts, tmp_path):
     shapes = shapes_like(experts)
     assert missing_layers(tmp_path / "none", shapes, MODEL) == [0, 1]
