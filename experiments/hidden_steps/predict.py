@@ -140,7 +140,7 @@ def score_all(
         "bigram": baselines.bigram_scores(train, held_out, experts),
         "previous_token": baselines.previous_token_scores(train, held_out, experts),
         "popularity": baselines.popular_scores(train, held_out, experts),
-        "path": _path_scores(fitted["path"], held_out, experts),
+        "path": path_scores(fitted["path"], held_out, experts),
         "pre_attention": by_layer(
             lambda i: ask_entry(select(fitted["pre_attention"], i), entry[i]), last + 1
         ),
@@ -155,7 +155,8 @@ def _history_scores(
     return scores.reshape(-1, *held_out.topk_idx.shape[1:3], scores.shape[-1])
 
 
-def _path_scores(params: path.PathParams, held_out: Recording, experts: int) -> np.ndarray:
+def path_scores(params: path.PathParams, held_out: Recording, experts: int) -> np.ndarray:
+    """Scores [L, N, S, E] of all layers from the tokens of a recording."""
     context = params.encoder.filters.shape[1]
     windows = path.recorded_windows(held_out.token_ids, context).reshape(-1, context)
     scores = np.asarray(jax.jit(path.scores)(params, windows))

@@ -57,17 +57,27 @@ def record_all(
 ) -> tuple[Recorded, Recorded]:
     """Of training files and of held-out files."""
     fit = fit_windows(corpus.train, cfg.fit_tokens, cfg.window, cfg.seed)
+    train = _record_windows(params, model, fit, "training files", cfg)
+    return train, record_heldout(params, model, corpus, cfg)
+
+
+def record_heldout(
+    params: DecoderParams, model: DecoderConfig, corpus: Corpus, cfg: HiddenConfig
+) -> Recorded:
+    """Of held-out files alone; raises where the model's own gate does not foretell its choices."""
     starts = heldout_starts(corpus.heldout, cfg.heldout_tokens, cfg.window, cfg.seed)
-    held = {name: windows_at(corpus.heldout, at, cfg.window) for name, at in starts.items()}
-    sides = []
-    for label, windows in (("training files", fit), ("held-out files", held)):
-        with progress_bar(f"recording {label}") as update:
-            every = np.concatenate([*windows.values()])
-            routing, entering = record(params, model, every, cfg.record_batch, update)
-        names = np.repeat([*windows], [len(one) for one in windows.values()])
-        sides.append(Recorded(routing=routing, entering=entering, domains=names))
-    check_fresh_gate(sides[1].routing, stack_routers(params, model), model.moe.router)
-    return sides[0], sides[1]
+    windows = {name: windows_at(corpus.heldout, at, cfg.window) for name, at in starts.items()}
+    held = _record_windows(params, model, windows, "held-out files", cfg)
+    check_fresh_gate(held.routing, stack_routers(params, model), model.moe.router)
+    return held
+
+
+def _record_windows(params, model, windows: dict[str, np.ndarray], label, cfg) -> Recorded:
+    with progress_bar(f"recording {label}") as update:
+        every = np.concatenate([*windows.values()])
+        routing, entering = record(params, model, every, cfg.record_batch, update)
+    names = np.repeat([*windows], [len(one) for one in windows.values()])
+    return Recorded(routing=routing, entering=entering, domains=names)
 
 
 def follow_shift(

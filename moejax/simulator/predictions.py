@@ -23,15 +23,15 @@ from moejax.simulator.slots import fill_slots, insert, touch
 from moejax.simulator.workload import Workload
 
 
-def votes_of_scores(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """float64 [N, L, E] of scores [L - 1, N, B, E] for target layers 1 .. L - 1.
+def votes_of_scores(scores: np.ndarray, top_k: int, *, horizon: int = 1) -> np.ndarray:
+    """float64 [N, L, E] of scores [L - h, N, B, E] for target layers h .. L - 1.
 
     The tokens that an expert is predicted to serve and, as a fraction, how likely; below one vote
-    0, for those are not fetched. Layer 0 is predicted by nobody.
+    0, for those are not fetched. The first h = `horizon` layers are predicted by nobody.
     """
     targets, steps, _, num_experts = scores.shape
-    votes = np.zeros((steps, targets + 1, num_experts))
-    for target, one in enumerate(scores, start=1):
+    votes = np.zeros((steps, targets + horizon, num_experts))
+    for target, one in enumerate(scores, start=horizon):
         votes[:, target] = _votes(jnp.asarray(one, jnp.float32), top_k)
     return np.where(votes >= 1, votes, 0.0)
 

@@ -34,6 +34,8 @@ def test_votes_are_the_tokens_that_an_expert_is_predicted_to_serve(scores, work)
     votes = votes_of_scores(scores[1:], K)[8:]
     np.testing.assert_array_equal(np.floor(votes[:, 1:]), work.tokens[:, 1:])
     assert not votes[:, 0].any()
+    early = votes_of_scores(scores, K, horizon=0)[8:]
+    np.testing.assert_array_equal(np.floor(early), work.tokens)
     # Of equally many tokens the likelier expert goes first.
     one = votes_of_scores(scores[1:, :, :1], K)
     best = np.argmax(one[:, 1:], axis=-1)
