@@ -8,18 +8,21 @@ the experts stay in host memory and travel to the device as they are wanted; wit
 `--experts_on_disk=folder` they stay in files there, which are written first where they are missing.
 Several `--prompt` are one batch; each gives exactly what it gives alone. Text appears as it is
 generated, and at the end what limited the run.
+
+`--low_precision_misses=int4` moves less, and is lossy: missing experts whose router weight is small
+come in few bits, so that the text depends on the cache and on the batch.
 """
 
 import math
 import pathlib
 import sys
-from typing import cast
+from typing import Any, cast
 
 from absl import flags
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from experiments import cli
-from experiments.generate_steps import decode, predictor
+from experiments.generate_steps import decode, low_precision, predictor
 from experiments.generate_steps.model_folder import find_folder
 from experiments.generate_steps.text import Text, pad, read_text
 from moejax.core.errors import InputError, check, check_seed
@@ -46,6 +49,13 @@ EXPERTS = flags.DEFINE_enum(
 ON_DISK = flags.DEFINE_string(
     "experts_on_disk", None, "folder to serve the experts from: models larger than host memory"
 )
+LOW = flags.DEFINE_enum(
+    "low_precision_misses", None, FORMATS, "lossy: move misses of small router weight in this form"
+)
+THRESHOLD = flags.DEFINE_float(
+    "importance_threshold", None, "weight of a token's larger choices up to which one is moved in "
+    f"full: 1 is all, below 0 none; default: {low_precision.THRESHOLD}",
+)  # fmt: skip
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of weights; default: as stored")
 CHAT = flags.DEFINE_bool("chat", False, "put each prompt into the checkpoint's chat template")
 
@@ -60,6 +70,7 @@ def main() -> None:
     check_room(prompts, source.context)
     learned = predictor.read_fitted(PREDICTOR.value, FITTED.value, source.cfg)
     model = load_model(source, prompts, learned)
+    model = low_precision.use(model, low_format(), THRESHOLD.value)
     tokens, mask = decode.as_arrays(*pad(prompts, vocab_size=model.cfg.vocab_size))
     engine = decode.compiled(make(model, learned), tokens, mask)
     printer = Printer(text, stream=len(prompts) == 1)
@@ -82,11 +93,15 @@ def main() -> None:
     print(", ".join(spelled), file=sys.stderr)
 
 
-def about_experts() -> dict[str, str]:
+def low_format() -> Format | None:
+    return cast(Format | None, LOW.value)
+
+
+def about_experts() -> dict[str, Any]:
     """What a report says of experts that are not in memory, or not those of the checkpoint."""
-    where = {} if ON_DISK.value is None else {"experts_on_disk": ON_DISK.value}
+    where: dict[str, Any] = {} if ON_DISK.value is None else {"experts_on_disk": ON_DISK.value}
     if EXPERTS.value is None:
-        return where
+        return where | low_precision.about(low_format(), THRESHOLD.value)
     return where | {
         "experts_dtype": EXPERTS.value,
         "outputs": f"lossy: of experts in {EXPERTS.value}, not of the full weights",
@@ -115,6 +130,12 @@ def check_flags() -> None:
     check(
         PREDICTOR.value == "none" or budget is not None,
         f"--predictor={PREDICTOR.value} wants a --device_budget: without one nothing is fetched",
+    )
+    low_precision.check_flags(
+        low_format(),
+        THRESHOLD.value,
+        in_host=budget is not None and ON_DISK.value is None,
+        experts_dtype=cast(Format | None, EXPERTS.value),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from moejax.core.memory import fetch_rows
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.offload.disk import DiskExperts
+from moejax.offload.precision import TwoPrecisions
 from moejax.offload.source import Store
 from moejax.offload.store import expert_bytes, flatten
 
@@ -84,4 +85,4 @@ def fetch_bytes_per_s(store: Store) -> float:
     """Best rate at which a missing expert comes: from host memory, or from the page cache."""
     if isinstance(store, DiskExperts):
         return page_cache_bytes_per_s(store)
-    return host_fetch_bytes_per_s(store)
+    return host_fetch_bytes_per_s(store.full if isinstance(store, TwoPrecisions) else store)

@@ -11,6 +11,7 @@ step: where one processor computes and copies (CPU), the resident step plus the 
 policy moved, at the best rate measured in this run; elsewhere the resident step, or its misses
 divided between link and host, whichever is longer. Tokens of every policy that keeps experts whole
 must be the resident ones on CPU, or the run fails. Columns round differently, and it says so.
+Lossy policies run only where they are named, and are chosen only where no other is.
 """
 
 import dataclasses
@@ -65,7 +66,9 @@ from moejax.serving import prediction
 from moejax.serving.prediction import Prediction
 
 MODEL = flags.DEFINE_string("model", None, "folder of a model; None for random weights of --shape")
-POLICY = flags.DEFINE_list("policy", list(POLICIES), "which ones to run")
+POLICY = flags.DEFINE_list(
+    "policy", [one.name for one in POLICIES.values() if not one.is_lossy], "which ones to run"
+)
 PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "text that the sequences begin with")
 PROMPT = flags.DEFINE_integer("prompt_tokens", 32, "tokens of each prompt", lower_bound=1)
 STEPS = flags.DEFINE_integer("timed_steps", 24, "timed steps of each policy", lower_bound=3)
@@ -100,7 +103,8 @@ def main() -> None:
         cut = dataclasses.replace(model, prompts=model.prompts[:size])
         found = compare(cut, policies, budget, costs, link, ahead)
         figures["batch"][str(size)] = found
-        fastest = min(policies, key=lambda p: found["policies"][p.name]["ms_per_step"])
+        kept = [one for one in policies if not one.is_lossy] or policies
+        fastest = min(kept, key=lambda p: found["policies"][p.name]["ms_per_step"])
         figures["chosen_policy"][str(size)] = fastest.name
         if AUTOTUNE.value and size == sizes[-1]:
             about = {"batch": size, "device_budget": BUDGET.value, "model": name_of_model()}
@@ -180,11 +184,11 @@ def compare(
     )  # fmt: skip
     slots = solve_slots(budget, wants, min_slots=model.cfg.num_moe_layers)
     hot = steps.hot_granules(resident, slots)
-    stores = steps.make_stores(model, {one.column_parts for one in policies})
+    stores = steps.make_stores(model, policies)
     arms = {steps.RESIDENT: steps.resident_arm(model)}
     for policy in track(policies, f"batch {len(model.prompts)}: compiling", transient=True):
         arms[policy.name] = steps.offloaded_arm(
-            model, policy, stores[policy.column_parts], slots, costs, hot, ahead
+            model, policy, stores[policy.column_parts, policy.is_lossy], slots, costs, hot, ahead
         )
     seconds = steps.time_arms(arms, steps=STEPS.value)
     same = steps.check_tokens(arms, {one.name: one for one in policies})
@@ -198,7 +202,7 @@ def compare(
             one.name: steps.arm_figures(
                 arms[one.name], seconds[one.name], resident_s, copy_s, costs, skip=WARMUP
             )
-            | {"same_tokens_as_resident": same[one.name]}
+            | {"same_tokens_as_resident": same[one.name], "lossy": one.is_lossy}
             | predicted.get(one.name, {})
             for one in policies
         },
@@ -229,6 +233,14 @@ def simulated(
     }
 
 
+def describe_tokens(policy: dict[str, Any]) -> str:
+    """Whether a policy decoded the resident tokens, and why not, or why that says little."""
+    same = "yes" if policy["same_tokens_as_resident"] else "no"
+    if policy["lossy"]:
+        return f"{same} (lossy: {policy['low_precision_fetches']:.1f} misses in few bits)"
+    return same if policy["same_tokens_as_resident"] else f"{same} (rounding)"
+
+
 def show(figures: dict[str, Any]) -> None:
     """One table per batch size."""
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -248,7 +260,7 @@ def show(figures: dict[str, Any]) -> None:
                 f"{one['wasted_bytes_per_token'] / 1e6:.1f}",
                 f"{one['predicted_over_measured']:.2f}" if name in PLANS else "",
                 f"{one['host_computed_experts']:.1f}",
-                "yes" if one["same_tokens_as_resident"] else "no (rounding)",
+                describe_tokens(one),
             )
         console.print(table)
         console.print(f"fastest: {figures['chosen_policy'][size]}")

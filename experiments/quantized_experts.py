@@ -43,14 +43,7 @@ _ROWS = 64  # of a layer's input
 
 def main() -> None:
     cli.check_writable(cli.JSON.value)
-    folder = pathlib.Path(WORKDIR.value)
-    check(WORKDIR.value != "" and folder.is_dir(), f"--workdir={WORKDIR.value} is not a folder")
-    cfg = overlay(get_config(), SET.value)
-    check(cfg.eval_bytes >= 1, f"eval_bytes={cfg.eval_bytes} must be at least 1")
-    params, model = restore_params(
-        checkpoint_folder(folder), mesh=make_mesh(), expert_memory="device"
-    )
-    dense, experts = split_experts(params, model)
+    cfg, model, dense, experts = read_quickstart()
     score = _scorer(cfg, model)
     exact = score(dense, experts)
     formats = {"float32": measure(experts, experts) | compare(exact, exact)}
@@ -61,21 +54,38 @@ def main() -> None:
     show(formats)
 
 
-def _scorer(cfg: QuickstartConfig, model: DecoderConfig):
-    """(parameters without experts, experts) -> held-out bits per byte of each batch of windows."""
+def read_quickstart() -> tuple[QuickstartConfig, DecoderConfig, DecoderParams, GatedWeights]:
+    """The config, and the model that `--workdir` holds: parameters without experts, experts."""
+    folder = pathlib.Path(WORKDIR.value)
+    check(WORKDIR.value != "" and folder.is_dir(), f"--workdir={WORKDIR.value} is not a folder")
+    cfg = overlay(get_config(), SET.value)
+    check(cfg.eval_bytes >= 1, f"eval_bytes={cfg.eval_bytes} must be at least 1")
+    params, model = restore_params(
+        checkpoint_folder(folder), mesh=make_mesh(), expert_memory="device"
+    )
+    return cfg, model, *split_experts(params, model)
+
+
+def heldout_windows(cfg: QuickstartConfig, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The held-out bytes, and where windows start in them: [n, size], batches of equal weight."""
     heldout, seq_len = load_corpus(cfg.data).heldout.data, cfg.train.seq_len
-    size = cfg.eval_batch_size
     starts = sample_windows(len(heldout), seq_len, cfg.eval_bytes)
     check(
         len(starts) >= 2 * size,
         f"eval_bytes={cfg.eval_bytes} make {len(starts)} windows; two batches of {size} are needed",
     )
-    starts = starts[: len(starts) // size * size]  # batches of equal weight
+    return heldout, starts[: len(starts) // size * size].reshape(-1, size)
+
+
+def _scorer(cfg: QuickstartConfig, model: DecoderConfig):
+    """(parameters without experts, experts) -> held-out bits per byte of each batch of windows."""
+    heldout, batches = heldout_windows(cfg, cfg.eval_batch_size)
 
     def score(dense: DecoderParams, experts: GatedWeights) -> np.ndarray:
         params = join_experts(dense, experts, model)
-        run = partial(evaluate, model=model, seq_len=seq_len, batch_size=size)
-        batches = starts.reshape(-1, size)
+        run = partial(
+            evaluate, model=model, seq_len=cfg.train.seq_len, batch_size=cfg.eval_batch_size
+        )
         return np.array([run(params, heldout, batch)[0] for batch in batches])
 
     return score

@@ -16,8 +16,8 @@ import numpy as np
 from experiments.measure import fetch_bytes_per_s, stream_read_bytes_per_s
 from moejax.costmodel.limits import limit_report
 from moejax.models.footprint import step_read_bytes
-from moejax.offload.source import shapes_of
-from moejax.offload.store import expert_bytes
+from moejax.offload.precision import TwoPrecisions
+from moejax.offload.source import moved_bytes, shapes_of
 from moejax.serving.engine import Engine
 
 
@@ -89,17 +89,18 @@ def figures(engine: Engine, result: Generated) -> dict[str, Any]:
     if result.metrics is None:
         return report
     steps, batch = len(result.step_s), len(result.tokens)
-    shapes = shapes_of(engine.experts)
-    seconds, expert = float(np.median(result.step_s)), expert_bytes(shapes)
-    total = result.metrics
-    moved = float(total.demand_fetches + total.prefetches) * expert / steps
-    read = step_read_bytes(engine.params, shapes, float(total.lookups) / steps)
+    seconds, total, experts = float(np.median(result.step_s)), result.metrics, engine.experts
+    fetches, low = float(total.demand_fetches + total.prefetches), float(total.low_fetches)
+    moved = moved_bytes(experts, fetches=fetches, low_fetches=low) / steps
+    read = step_read_bytes(engine.params, shapes_of(experts), float(total.lookups) / steps)
     limit = limit_report(
         bytes_per_step=moved,
-        link_bytes_per_s=fetch_bytes_per_s(engine.experts) if moved else 1.0,
+        link_bytes_per_s=fetch_bytes_per_s(experts) if moved else 1.0,
         device_s=read / stream_read_bytes_per_s(),
         measured_s=seconds,
     )
+    if isinstance(experts, TwoPrecisions):
+        report |= {"demand_fetches": int(total.demand_fetches), "low_fetches": int(low)}
     return report | {
         "tokens_per_s": batch / seconds,
         "hit_rate": float(total.hits / total.lookups),

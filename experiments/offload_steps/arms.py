@@ -10,14 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.bench.timing import interleave
-from experiments.offload_steps.policies import Policy
+from experiments.offload_steps.policies import LOW_FORMAT, Policy
 from moejax.costmodel.miss import MissCosts
 from moejax.costmodel.offload_bounds import serial_s, shared_bound_s
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.offload.columns import split_columns
-from moejax.offload.source import shapes_of
+from moejax.offload.precision import in_two_precisions
+from moejax.offload.source import Store, moved_bytes, shapes_of
 from moejax.offload.store import expert_bytes, to_host
 from moejax.serving.engine import Engine, make_engine
 from moejax.serving.prediction import Prediction
@@ -77,15 +78,20 @@ def hot_granules(arm: Arm, slots: int) -> np.ndarray:
     return np.concatenate(rows).astype(np.int32)
 
 
-def make_stores(model: Model, parts: set[int]) -> dict[int, GatedWeights]:
-    """The experts in host memory, once for every number of column parts."""
-    return {n: to_host(split_columns(model.experts, n), model.mesh) for n in sorted(parts)}
+def make_stores(model: Model, policies: list[Policy]) -> dict[tuple[int, bool], Store]:
+    """The experts in host memory by number of column parts, and whether in two precisions."""
+    parts = sorted({one.column_parts for one in policies})
+    whole = {n: to_host(split_columns(model.experts, n), model.mesh) for n in parts}
+    stores: dict[tuple[int, bool], Store] = {(n, False): whole[n] for n in parts}
+    for n in {one.column_parts for one in policies if one.is_lossy}:
+        stores[n, True] = in_two_precisions(whole[n], LOW_FORMAT)
+    return stores
 
 
 def offloaded_arm(
     model: Model,
     policy: Policy,
-    store: GatedWeights,
+    store: Store,
     slots: int,
     costs: MissCosts,
     hot: np.ndarray,
@@ -114,18 +120,20 @@ def arm_figures(
     arm: Arm, seconds: float, resident_s: float, copy_s: float, costs: MissCosts, *, skip: int
 ) -> dict[str, Any]:
     """What a policy was worth. `copy_s` moves a whole expert at the best measured rate."""
-    shapes = shapes_of(arm.engine.experts)
+    store = arm.engine.experts
+    shapes = shapes_of(store)
     parts = shapes.w_gate.shape[1] // arm.engine.cfg.moe.num_experts
-    lookups, hits, fetches, prefetches, wasted, on_host = (
+    lookups, hits, fetches, low, prefetches, wasted, on_host = (
         arm.count(name, skip)
         for name in (
-            "lookups", "hits", "demand_fetches", "prefetches", "prefetches_wasted", "host_computes"
+            "lookups", "hits", "demand_fetches", "low_fetches", "prefetches", "prefetches_wasted",
+            "host_computes",
         )
     )  # fmt: skip
-    batch = len(arm.tokens[0])
-    moved, missing = (fetches + prefetches) / parts, (fetches + on_host) / parts
+    batch, whole = len(arm.tokens[0]), expert_bytes(shapes) * parts
+    on_demand = moved_bytes(store, fetches=fetches, low_fetches=low) / whole
+    moved, missing = on_demand + prefetches / parts, on_demand + on_host / parts
     bound_s = _bound_s(arm, resident_s, moved, missing, copy_s, costs)
-    whole = expert_bytes(shapes) * parts
     return {
         "ms_per_step": 1e3 * seconds,
         "tokens_per_s": batch / seconds,
@@ -135,6 +143,7 @@ def arm_figures(
         "moved_bytes_per_token": moved * whole / batch,
         "wasted_bytes_per_token": wasted / parts * whole / batch,
         "host_computed_experts": on_host / parts,
+        "low_precision_fetches": low / parts,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from moejax.core.errors import InputError, check
 from moejax.costmodel.miss import MissCosts
+from moejax.kernels.quantized import Format
 from moejax.offload.misses import Serve
 from moejax.offload.stage import OffloadConfig
 
@@ -21,6 +22,7 @@ class Policy:
         keep: `static` fills the cache with the most used experts once; `none` has no cache, but
             slots for the experts of one layer; else what is evicted.
         lanes: experts that the next layer's own gate makes the link fetch ahead.
+        importance_threshold: misses below it in importance are moved in `LOW_FORMAT`; lossy.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Policy:
     keep: Keep = "lru"
     lanes: int = 0
     column_parts: int = 1
+    importance_threshold: float | None = None
 
     def __post_init__(self):
         for field, known in (("serve", get_args(Serve)), ("keep", get_args(Keep))):
@@ -40,7 +43,12 @@ class Policy:
     @property
     def is_exact(self) -> bool:
         """Whether outputs are those of resident experts to the bit, on CPU."""
-        return self.column_parts == 1
+        return self.column_parts == 1 and not self.is_lossy
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether outputs are those of other weights than the model's."""
+        return self.importance_threshold is not None
 
     def config(
         self, slots: int, num_layers: int, num_experts: int, costs: MissCosts
@@ -61,6 +69,7 @@ class Policy:
             serve=self.serve,
             costs=part_costs(costs, parts) if self.serve == "divide" else None,
             column_parts=parts,
+            importance_threshold=self.importance_threshold,
         )
 
 
@@ -81,8 +90,11 @@ POLICIES: dict[str, Policy] = {
         Policy(name="divide", serve="divide", keep="lfu"),
         Policy(name="divide+next_gate", serve="divide", keep="lfu", lanes=4),
         Policy(name="columns", serve="divide", keep="lfu", column_parts=4),
+        Policy(name="hobbit", importance_threshold=0.6),
     )
 }
+# Of the misses that a lossy policy moves in few bits.
+LOW_FORMAT: Format = "int4"
 
 
 def get_policies(names: list[str]) -> list[Policy]:

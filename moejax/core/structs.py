@@ -60,8 +60,8 @@ def at_layer(placement: ExpertPlacement, layer: jax.Array | int) -> ExpertPlacem
 class MoEMetrics:
     """What one MoE layer did; stacked to a leading [L] by the scan over layers.
 
-    Lookups and transfers are summed over ranks and counted in whole experts; multiply by the bytes
-    of one expert for bytes. Transfers are zero on a resident layer.
+    Lookups and transfers are summed over ranks and counted in whole experts; for bytes see
+    `offload.source.moved_bytes`. Transfers are zero on a resident layer.
     """
 
     expert_load: jax.Array  # int32 [E], assignments per expert
@@ -71,6 +71,7 @@ class MoEMetrics:
     lookups: jax.Array  # int32 [], distinct experts wanted
     hits: jax.Array  # int32 [], wanted experts that the device had
     demand_fetches: jax.Array  # int32 [], experts fetched because they were missing
+    low_fetches: jax.Array  # int32 [], of those, the ones fetched in few bits (lossy)
     host_computes: jax.Array  # int32 [], missing experts that the host computed instead
     prefetches: jax.Array  # int32 [], experts fetched for this layer ahead of time
     prefetches_wasted: jax.Array  # int32 [], of those, the ones this layer did not use
@@ -88,6 +89,7 @@ def zero_metrics(num_experts: int) -> MoEMetrics:
         lookups=zero,
         hits=zero,
         demand_fetches=zero,
+        low_fetches=zero,
         host_computes=zero,
         prefetches=zero,
         prefetches_wasted=zero,

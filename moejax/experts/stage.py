@@ -35,6 +35,7 @@ class StageCounts:
     prefetches: jax.Array
     prefetches_wasted: jax.Array
     waves: jax.Array
+    low_fetches: jax.Array = struct.field(default_factory=lambda: jnp.int32(0))
     host_computes: jax.Array = struct.field(default_factory=lambda: jnp.int32(0))
     assignments_dropped: jax.Array = struct.field(default_factory=lambda: jnp.int32(0))
 

@@ -27,6 +27,7 @@ class SlotTable:
     granule_of: jax.Array  # int32 [S], -1 when empty
     slot_layer: jax.Array  # int32 [S], the only layer a slot serves, or -1 for any
     usage: Usage  # counters [N]
+    is_low: jax.Array | None = None  # bool [S], landed in few bits; None where nothing does
 
 
 @struct.dataclass(kw_only=True)
@@ -37,7 +38,9 @@ class SlotCache:
     rows: GatedWeights  # leaves [S, ...]; bfloat16 as the bits that `kernels.rows` explains
 
 
-def init_table(num_layers: int, num_experts: int, slot_layer: jax.Array) -> SlotTable:
+def init_table(
+    num_layers: int, num_experts: int, slot_layer: jax.Array, *, two_precisions: bool = False
+) -> SlotTable:
     """An empty table with `len(slot_layer)` slots."""
     granules, slots = num_layers * num_experts, slot_layer.shape[0]
     return SlotTable(
@@ -45,6 +48,7 @@ def init_table(num_layers: int, num_experts: int, slot_layer: jax.Array) -> Slot
         granule_of=jnp.full((slots,), -1, jnp.int32),
         slot_layer=slot_layer.astype(jnp.int32),
         usage=init_usage(granules),
+        is_low=jnp.zeros((slots,), bool) if two_precisions else None,
     )
 
 
@@ -75,14 +79,17 @@ def quota_slots(quotas: tuple[int, ...]) -> jax.Array:
     )
 
 
-def init_cache(experts: GatedWeights, slot_layer: jax.Array) -> SlotCache:
+def init_cache(
+    experts: GatedWeights, slot_layer: jax.Array, *, two_precisions: bool = False
+) -> SlotCache:
     """An empty cache for a store with leaves [L, E, ...] (arrays or abstract)."""
     num_layers, num_experts = experts.w_gate.shape[:2]
     slots = slot_layer.shape[0]
     rows = jax.tree.map(
         lambda leaf: to_bits(jnp.zeros((slots, *leaf.shape[2:]), leaf.dtype)), experts
     )
-    return SlotCache(table=init_table(num_layers, num_experts, slot_layer), rows=rows)
+    table = init_table(num_layers, num_experts, slot_layer, two_precisions=two_precisions)
+    return SlotCache(table=table, rows=rows)
 
 
 def touch_layer(table: SlotTable, layer: jax.Array, wanted: jax.Array) -> SlotTable:
@@ -106,6 +113,24 @@ def touch_layer(table: SlotTable, layer: jax.Array, wanted: jax.Array) -> SlotTa
 def layer_slot_of(table: SlotTable, layer: jax.Array, num_experts: int) -> jax.Array:
     """int32 [E]: the slot of each expert of `layer`, -1 when absent."""
     return jax.lax.dynamic_slice(table.slot_of, (layer * num_experts,), (num_experts,))
+
+
+def forget_low(table: SlotTable, layer: jax.Array, important: jax.Array) -> SlotTable:
+    """The table without experts of `layer` that landed in few bits and are `important` (bool [E]).
+
+    They are missing now, and their slots empty.
+    """
+    assert table.is_low is not None, "the table knows one precision"
+    slots = layer_slot_of(table, layer, important.shape[0])
+    gone = important & (slots >= 0) & table.is_low[jnp.maximum(slots, 0)]
+    emptied = jnp.where(gone, slots, table.granule_of.shape[0])  # the others go out of range
+    kept = jnp.where(gone, -1, slots)
+    start = (layer * important.shape[0],)
+    return dataclasses.replace(
+        table,
+        slot_of=jax.lax.dynamic_update_slice(table.slot_of, kept, start),
+        granule_of=table.granule_of.at[emptied].set(-1, mode="drop"),
+    )
 
 
 def num_slots_of(table: SlotTable, layer: jax.Array) -> jax.Array:
@@ -136,8 +161,10 @@ def choose_slot(
     return pick_victim((primary, secondary), jnp.where(any_free, free, allowed)), any_free
 
 
-def assign(table: SlotTable, slot: jax.Array, granule: jax.Array) -> SlotTable:
-    """The table after `granule` has replaced whatever `slot` held."""
+def assign(
+    table: SlotTable, slot: jax.Array, granule: jax.Array, *, low: bool = False
+) -> SlotTable:
+    """The table after `granule` has replaced whatever `slot` held; `low` if it came in few bits."""
     evicted = table.granule_of[slot]
     # An empty slot evicts nothing: -1 would wrap to the last granule, so it goes out of range.
     evicted = jnp.where(evicted < 0, table.slot_of.shape[0], evicted)
@@ -146,6 +173,7 @@ def assign(table: SlotTable, slot: jax.Array, granule: jax.Array) -> SlotTable:
         table,
         slot_of=slot_of.at[granule].set(slot),
         granule_of=table.granule_of.at[slot].set(granule),
+        is_low=None if table.is_low is None else table.is_low.at[slot].set(low),
     )
 
 

@@ -18,12 +18,14 @@ from jax.experimental import io_callback
 from moejax.core.memory import fetch_rows
 from moejax.experts.shard import first_expert
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.kernels.quantized import dequantize_tree
 from moejax.kernels.vma import vary_together
 from moejax.offload.disk import DiskExperts
-from moejax.offload.store import flatten
+from moejax.offload.precision import TwoPrecisions
+from moejax.offload.store import expert_bytes, flatten
 
-# All experts of a model: arrays [L, E, ...] in `pinned_host`, or an opened folder.
-Store: TypeAlias = GatedWeights | DiskExperts
+# All experts of a model: arrays [L, E, ...] in `pinned_host`, once or twice, or an opened folder.
+Store: TypeAlias = GatedWeights | TwoPrecisions | DiskExperts
 
 
 class Source(Protocol):
@@ -58,6 +60,7 @@ class HostSource:
 
     rows: GatedWeights  # [N, ...]
     num_experts: int = struct.field(pytree_node=False)
+    low: GatedWeights | None = None  # [N, ...], the same in few bits
 
     @property
     def num_layers(self) -> int:
@@ -65,6 +68,15 @@ class HostSource:
 
     def fetch(self, granule: jax.Array) -> GatedWeights:
         return fetch_rows(self.rows, granule)
+
+    def fetch_low(self, granule: jax.Array) -> GatedWeights:
+        """Expert `granule` in few bits, for `widen`. Cost: two transfers per matrix."""
+        assert self.low is not None, "the experts are there in one precision"
+        return fetch_rows(self.low, granule)
+
+    def widen(self, expert: GatedWeights) -> GatedWeights:
+        """What `fetch_low` gave, in the dtype of what `fetch` gives."""
+        return dequantize_tree(expert, self.rows.w_gate.dtype)
 
     def announce(self, granules: jax.Array, live: jax.Array) -> jax.Array:
         del live  # it is there already
@@ -111,11 +123,23 @@ def source_of(store: Store, axis: str | None = None) -> Source:
     """The source of this rank's experts; `axis` is what they are sharded over in `shard_map`."""
     if isinstance(store, GatedWeights):
         return HostSource(rows=flatten(store), num_experts=store.w_gate.shape[1])
+    if isinstance(store, TwoPrecisions):
+        num_experts = store.full.w_gate.shape[1]
+        rows, low = flatten(store.full), flatten(store.low)
+        return HostSource(rows=rows, num_experts=num_experts, low=low)
     ranks = 1 if axis is None else jax.lax.axis_size(axis)
     own = store.shapes.w_gate.shape[1] // ranks
     return DiskSource(first=first_expert(axis, own), disk=store, num_experts=own)
 
 
 def shapes_of(store: Store) -> GatedWeights:
-    """What a store holds, leaves [L, E, ...] with a shape and a dtype."""
+    """What slots hold of a store, leaves [L, E, ...] with a shape and a dtype."""
+    if isinstance(store, TwoPrecisions):
+        return store.full
     return store if isinstance(store, GatedWeights) else store.shapes
+
+
+def moved_bytes(store: Store, *, fetches: float, low_fetches: float = 0) -> float:
+    """Bytes that so many `fetches` from `store` move, of which `low_fetches` are in few bits."""
+    low = expert_bytes(store.low) if isinstance(store, TwoPrecisions) else 0
+    return (fetches - low_fetches) * expert_bytes(shapes_of(store)) + low_fetches * low

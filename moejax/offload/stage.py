@@ -11,6 +11,7 @@ Axis letters:
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.offload.host import pick_rows, run_on_host
 from moejax.offload.misses import Serve, num_moved
 from moejax.offload.policies import POLICIES
+from moejax.offload.precision import important_experts
 from moejax.offload.prefetch import (
     FetchMode,
     Landing,
@@ -36,6 +38,7 @@ from moejax.offload.prefetch import (
 )
 from moejax.offload.slots import (
     SlotCache,
+    forget_low,
     init_cache,
     layer_slots,
     quota_slots,
@@ -69,6 +72,8 @@ class OffloadConfig:
         costs: of one expert, which `divide` divides by.
         column_parts: the store holds experts in so many parts, see `columns`; slots, lanes and
             costs are those of parts.
+        importance_threshold: misses that matter less are fetched in few bits, see `precision`;
+            lossy. None fetches all in full.
     """
 
     num_slots: int
@@ -79,6 +84,7 @@ class OffloadConfig:
     serve: Serve = "fetch"
     costs: MissCosts | None = None
     column_parts: int = 1
+    importance_threshold: float | None = None
 
     def __post_init__(self):
         check(self.num_slots >= 1, f"num_slots={self.num_slots} must be at least 1")
@@ -96,6 +102,19 @@ class OffloadConfig:
         check(
             (self.costs is not None) == (self.serve == "divide"),
             f"serve={self.serve!r} and costs={self.costs} do not go together",
+        )
+        self._check_precision()
+
+    def _check_precision(self):
+        threshold, parts = self.importance_threshold, self.column_parts
+        check(
+            threshold is None or math.isfinite(threshold),
+            f"importance_threshold={threshold} is not finite",
+        )
+        check(
+            threshold is None or (self.serve == "fetch" and parts == 1),
+            f"importance_threshold={threshold} wants serve='fetch' and whole experts, "
+            f"not serve={self.serve!r} and column_parts={parts}",
         )
 
     def _check_quota(self):
@@ -131,7 +150,11 @@ def init_state(experts: GatedWeights, cfg: OffloadConfig, *, predictor: Any = No
         f"num_slots={cfg.num_slots} exceeds the {num_layers * num_experts} experts of a rank",
     )
     return OffloadState(
-        cache=init_cache(experts, _slot_layer(cfg, num_layers)),
+        cache=init_cache(
+            experts,
+            _slot_layer(cfg, num_layers),
+            two_precisions=cfg.importance_threshold is not None,
+        ),
         landing=init_landing(experts, cfg.prefetch_lanes),
         predictor=predictor,
     )
@@ -163,17 +186,15 @@ def offloaded(
         axis: mesh axis that the experts are sharded over, when inside `shard_map`.
 
     Exact: outputs are bit-equal to the resident stage's on CPU. Elsewhere the host rounds in other
-    places than the device, so what it computes agrees to 1e-5 of the largest value in float32.
+    places than the device, so what it computes agrees to 1e-5 of the largest value in float32. With
+    an `importance_threshold` outputs are lossy, and depend on what the cache holds.
     Cost per call: one transfer of an expert per miss that is moved and per live prefetch lane; one
     host call unless all misses are moved; with `axis` one psum of [T, K, D]. Raises `InputError`
-    where the host shall compute what is on disk.
+    where the host shall compute what is on disk, and where threshold and store do not fit.
     """
     source, policy = source_of(store, axis), POLICIES[cfg.policy]
     num_layers, num_experts = source.num_layers, source.num_experts
-    check(
-        cfg.serve == "fetch" or isinstance(source, HostSource),
-        f"serve={cfg.serve!r}: experts on disk can only be fetched",
-    )
+    _check_source(source, cfg)
     ahead = LookAhead(scorer=scorer, source=source, mode=cfg.fetch_mode, axis=axis)
 
     def stage(x, routing, weights, layer, state):
@@ -181,12 +202,18 @@ def offloaded(
         local, landing = local_routing(routing, axis, num_experts), state.landing
         chosen = local.topk_idx.reshape(-1)[:, None] == jnp.arange(num_experts)[None]
         wanted, rows = chosen.any(0), jnp.sum(chosen, axis=0, dtype=jnp.int32)
-        table = touch_layer(state.cache.table, layer, wanted)
+        table, important = touch_layer(state.cache.table, layer, wanted), None
+        if cfg.importance_threshold is not None:
+            important = important_experts(
+                local.topk_idx, local.topk_weights, cfg.importance_threshold, num_experts
+            )
+            table = forget_low(table, layer, important)
         cache = dataclasses.replace(state.cache, table=table)
         cache, used = absorb(cache, landing, layer, wanted, wanted, policy)
         crowded = _can_crowd(cfg, num_layers, min(local.topk_idx.size, num_experts))
         landed = landed_experts(landing, layer, num_experts) & crowded
-        work = _divided(cfg, sort_experts(cache.table, layer, wanted, landed, rows), rows)
+        work = sort_experts(cache.table, layer, wanted, landed, rows, important)
+        work = _divided(cfg, work, rows)
         call = plan_call(x, local, work, source=source, policy=policy)
         y_host = None if cfg.serve == "fetch" else run_on_host(call)
         cache, y = run_missing(call, cache)
@@ -203,6 +230,20 @@ def offloaded(
         return sum_ranks(y, axis), state, _counts(work, landing, used, axis)
 
     return stage
+
+
+def _check_source(source, cfg):
+    in_host = isinstance(source, HostSource)
+    check(
+        cfg.serve == "fetch" or in_host,
+        f"serve={cfg.serve!r}: experts on disk can only be fetched",
+    )
+    lossy, two = cfg.importance_threshold is not None, in_host and source.low is not None
+    check(
+        lossy == two,
+        f"importance_threshold={cfg.importance_threshold}, but the experts are "
+        f"{'in' if two else 'not in'} two precisions{'' if in_host else ': they are on disk'}",
+    )
 
 
 def _divided(cfg, work, rows):
@@ -232,6 +273,7 @@ def _counts(work, landing, used, axis):
         lookups=jnp.sum(work.wanted, dtype=jnp.int32),
         hits=work.num_cached + work.num_late,
         demand_fetches=work.num_moved,
+        low_fetches=jnp.int32(0) if work.num_full is None else work.num_moved - work.num_full,
         host_computes=work.num_missing - work.num_moved,
         prefetches=fetched,
         prefetches_wasted=fetched - used,

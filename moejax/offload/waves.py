@@ -52,6 +52,7 @@ class Work:
     """One layer call, experts in processing order: cached, missing, late, unwanted.
 
     Of the missing ones the first `num_moved` are fetched; the host computes the others (`host.py`).
+    Of these the first `num_full` are fetched in full, the others in few bits (`precision.py`).
     """
 
     layer: jax.Array  # int32 []
@@ -63,15 +64,22 @@ class Work:
     num_moved: jax.Array  # int32 [], of these, fetched by demand; all of them when any is late
     num_late: jax.Array  # int32 []
     num_free: jax.Array  # int32 [], slots of the layer that hold nothing wanted; 0 when any is late
+    num_full: jax.Array | None = None  # int32 []; None where all of them are
 
 
 def sort_experts(
-    table: SlotTable, layer: jax.Array, wanted: jax.Array, landed: jax.Array, rows: jax.Array
+    table: SlotTable,
+    layer: jax.Array,
+    wanted: jax.Array,
+    landed: jax.Array,
+    rows: jax.Array,
+    important: jax.Array | None = None,
 ) -> Work:
     """Puts the experts of `layer` in processing order: missing ones with most rows first, ids
     ascend among equals and in the other classes. All missing ones are to be moved.
 
-    Args: `wanted` bool [E]; `landed` bool [E], in a landing buffer; `rows` int32 [E]. One absent
+    Args: `wanted` bool [E]; `landed` bool [E], in a landing buffer; `rows` int32 [E]; `important`
+    bool [E], to be moved in full, which go before the other missing ones; None for all. One absent
     expert is missing even if it has landed, since the slots are free for late ones only behind a
     wave that fetches; and the last missing one keeps its slot.
     """
@@ -80,11 +88,14 @@ def sort_experts(
     num_slots = num_slots_of(table, layer)
     room = jnp.minimum(jnp.sum(absent, dtype=jnp.int32), num_slots) - 1
     late = waiting & (jnp.cumsum(waiting, dtype=jnp.int32) <= room)
-    rank = jnp.where(wanted, jnp.where(late, 2, absent.astype(jnp.int32)), 3)
+    missing = absent & ~late
+    low = jnp.zeros_like(missing) if important is None else missing & ~important
+    rank = jnp.where(low, 2, missing.astype(jnp.int32))
+    rank = jnp.where(wanted, jnp.where(late, 3, rank), 4)
     num_cached = jnp.sum(rank == 0, dtype=jnp.int32)
-    num_missing = jnp.sum(rank == 1, dtype=jnp.int32)
+    num_missing = jnp.sum(missing, dtype=jnp.int32)
     most = jnp.max(rows) + 1
-    fewer = jnp.where(rank == 1, most - rows, 0)
+    fewer = jnp.where(missing, most - rows, 0)
     return Work(
         layer=layer,
         order=jnp.argsort(rank * (most + 1) + fewer, stable=True).astype(jnp.int32),
@@ -95,6 +106,7 @@ def sort_experts(
         num_moved=num_missing,
         num_late=jnp.sum(late, dtype=jnp.int32),
         num_free=num_slots - num_cached,
+        num_full=None if important is None else num_missing - jnp.sum(low, dtype=jnp.int32),
     )
 
 
@@ -154,24 +166,38 @@ def run_missing(call: Call, cache: SlotCache) -> tuple[SlotCache, jax.Array]:
 def _overlapped(call, source, xs, work, plan, cache, y):
     """The transfer of the next missing expert starts before a wave and lands after it."""
     call = dataclasses.replace(call, source=source, xs=xs, work=work, plan=plan)
-    n = work.num_moved
+    if work.num_full is None:
+        return _waves(call, cache, y, 0, work.num_moved)
+    cache, y = _waves(call, cache, y, 0, work.num_full)
+    return _waves(call, cache, y, work.num_full, work.num_moved, low=True)
+
+
+def _waves(call, cache, y, begin, n, *, low=False):
+    """Fetches missing experts [begin, n) and computes what was there before each.
+
+    A precision has a loop of its own: a choice within one would be a transfer under a condition,
+    which compilers do not overlap (`prefetch.choose`).
+    """
+    work, source = call.work, call.source
 
     def wave(i: jax.Array, carry):
         y, cache, landed = carry
-        # At i == 0 nothing has landed: a loop of no trips, since a cond would copy the cache.
-        landing = jnp.minimum(i, 1)
-        cache = jax.lax.fori_loop(0, landing, lambda _, c: _land(call, c, i - 1, landed), cache)
-        coming = _fetch(call, i)
+        # At first nothing has landed: a loop of no trips, since a cond would copy the cache.
+        landing = jnp.minimum(i - begin, 1)
+        cache = jax.lax.fori_loop(
+            0, landing, lambda _, c: _land(call, c, i - 1, landed, low=low), cache
+        )
+        coming = _fetch(call, i, low=low)
         missing = work.num_cached + i
         first = jnp.where(i == 0, 0, missing - 1)
         return _compute(call, y, cache, first, missing), cache, coming
 
-    like = jax.eval_shape(source.fetch, n)
+    like = jax.eval_shape(source.fetch_low if low else source.fetch, n)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
     nothing, _ = vary_together(nothing, cache)
-    y, cache, landed = jax.lax.fori_loop(0, n, wave, (y, cache, nothing))
-    last = jnp.minimum(n, 1)
-    cache = jax.lax.fori_loop(0, last, lambda _, c: _land(call, c, n - 1, landed), cache)
+    y, cache, landed = jax.lax.fori_loop(begin, n, wave, (y, cache, nothing))
+    last = jnp.minimum(n - begin, 1)
+    cache = jax.lax.fori_loop(0, last, lambda _, c: _land(call, c, n - 1, landed, low=low), cache)
     return cache, y
 
 
@@ -180,15 +206,12 @@ def _in_turn(call, source, xs, work, plan, cache, y):
     call = dataclasses.replace(call, source=source, xs=xs, work=work, plan=plan)
     n, joined = work.num_moved, _num_joined(work)
 
-    def land(i: jax.Array, cache: SlotCache) -> SlotCache:
-        return _land(call, cache, i, _fetch(call, i))
-
-    cache = jax.lax.fori_loop(0, joined, land, cache)
+    cache = jax.lax.fori_loop(0, joined, partial(_bring, call), cache)
     y = _compute(call, y, cache, 0, jnp.where(n == joined, 0, work.num_cached + joined))
 
     def wave(i: jax.Array, carry):
         y, cache = carry
-        cache = land(i, cache)
+        cache = _bring(call, i, cache)
         missing = work.num_cached + i
         # The last one's rows are left to `run_last`.
         end = jnp.where(i == n - 1, missing, missing + 1)
@@ -258,18 +281,34 @@ def _announced(call):
     return dataclasses.replace(work, order=order)
 
 
-def _fetch(call, i):
-    """The i-th missing expert, on its way."""
-    return call.source.fetch(_granule(call.work, call.work.num_cached + i))
+def _bring(call, i, cache):
+    """The i-th missing expert from its source into its slot, in the precision that it is due."""
+    if call.work.num_full is None:
+        return _land(call, cache, i, _fetch(call, i))
+
+    def bring(low: bool):
+        # What is the same in every trip would be fetched before the loop, whether there is one.
+        return lambda trip, c: _land(call, c, i, _fetch(call, i + trip, low=low), low=low)
+
+    in_full = (i < call.work.num_full).astype(jnp.int32)
+    cache = jax.lax.fori_loop(0, in_full, bring(False), cache)
+    return jax.lax.fori_loop(0, 1 - in_full, bring(True), cache)
+
+
+def _fetch(call, i, *, low=False):
+    """The i-th missing expert, on its way, as the source has it."""
+    fetch = call.source.fetch_low if low else call.source.fetch
+    return fetch(_granule(call.work, call.work.num_cached + i))
 
 
 def _granule(work, position):
     return work.layer * work.wanted.shape[0] + work.order[position]
 
 
-def _land(call, cache, i, expert):
-    """The i-th missing expert enters the cache."""
+def _land(call, cache, i, expert, *, low=False):
+    """The i-th missing expert enters the cache, in the dtype of the slots."""
     work = call.work
     slot, _ = choose_slot(cache.table, work.layer, call.policy, work.wanted)
-    table = assign(cache.table, slot, _granule(work, work.num_cached + i))
+    table = assign(cache.table, slot, _granule(work, work.num_cached + i), low=low)
+    expert = call.source.widen(expert) if low else expert
     return SlotCache(table=table, rows=write_row(cache.rows, slot, expert))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from moejax.core.errors import check
 from moejax.core.structs import MoEMetrics
+from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.models.config import DecoderConfig
 from moejax.models.decoder import DecoderParams
 from moejax.models.experts import split_experts as split_experts
@@ -103,7 +104,8 @@ def make_engine(
 
     Args:
         params, experts: see `split_experts`; with `offload` the experts live in `pinned_host`, in
-            `offload.column_parts` parts (`offload.columns`), or in an opened folder.
+            `offload.column_parts` parts (`offload.columns`), there in two precisions
+            (`offload.precision`), or in an opened folder.
         capacity: positions of the KV cache; prompt and new tokens must fit.
         offload: slot cache and prefetch; None keeps all experts on the device.
         prediction: what to prefetch; wants `offload.prefetch_lanes > 0`, but for experts on disk,
@@ -116,7 +118,11 @@ def make_engine(
         held == cfg.moe.num_experts * parts,
         f"{held} experts per layer in {parts} column parts, the model has {cfg.moe.num_experts}",
     )
-    check(offload is not None or not on_disk, "experts on disk want an offload, with its slots")
+    where = "on disk" if on_disk else "in two precisions"
+    check(
+        offload is not None or isinstance(experts, GatedWeights),
+        f"experts {where} want an offload, with its slots",
+    )
     check(
         (prediction is None) == (lanes == 0) or (on_disk and lanes == 0),
         f"prefetch_lanes={lanes} and a prediction go together",

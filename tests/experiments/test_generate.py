@@ -74,26 +74,37 @@ def test_a_batch_under_a_budget_gives_what_transformers_gives(model, tmp_path):
     assert figures["ttft_s"] > 0 and 0 < figures["fraction_of_bound"]
 
 
-def test_quantised_experts_give_the_same_tokens_resident_and_from_disk(model, tmp_path):
-    args = f"--model={model.folder} --prompt=1 --prompt=2 --max_new_tokens=8 --experts_dtype=int8"
+def test_lossy_modes_say_so(model, tmp_path):
+    """Quantised experts, resident and from disk, give the same tokens; misses in few bits do not
+    have to."""
+    args = f"--model={model.folder} --prompt=1 --prompt=2 --max_new_tokens=8"
     cases = {
-        "resident": "--device_budget=none",
-        "on_disk": f"--device_budget=50% --experts_on_disk={tmp_path}/experts "
+        "resident": "--experts_dtype=int8 --device_budget=none",
+        "on_disk": f"--experts_dtype=int8 --device_budget=50% --experts_on_disk={tmp_path}/experts "
         "--predictor=next_gate --prefetch_lanes=0",
+        "misses": "--low_precision_misses=int4 --device_budget=50%",
     }
     rows = [f"{args} {budget} --json={tmp_path}/{name}.json" for name, budget in cases.items()]
     results = run_here(rows)
-    assert [result["status"] for result in results] == [None, None], results
+    assert [result["status"] for result in results] == [None] * 3, results
     figures = [json.loads((tmp_path / f"{name}.json").read_text())["figures"] for name in cases]
-    resident, on_disk = figures
+    resident, on_disk, misses = figures
     assert resident["tokens"] == on_disk["tokens"] and on_disk["hit_rate"] < 1
     assert on_disk["experts_on_disk"] == f"{tmp_path}/experts" and on_disk["fraction_of_bound"] > 0
-    for one in figures:
+    for one in (resident, on_disk):
         assert one["outputs"] == "lossy: of experts in int8, not of the full weights"
     # A byte per weight, and a scale per column: 24 of w_gate and w_up, 32 of w_down.
     expert = 3 * 32 * 24 + 4 * (24 + 24 + 32)
     fetched = 2 * 7 * on_disk["bytes_per_token"] / expert  # by two sequences in 7 steps
     assert fetched > 0 and abs(fetched - round(fetched)) < 1e-6
+
+    assert misses["outputs"].startswith("lossy: of misses in int4")
+    assert misses["importance_threshold"] == 0.6
+    fetches, low = misses["demand_fetches"], misses["low_fetches"]
+    assert 0 < low < fetches
+    in_full, in_int4 = 4 * 3 * 32 * 24, 3 * 32 * 24 // 2 + 4 * (24 + 24 + 32)
+    moved = (fetches - low) * in_full + low * in_int4
+    assert 2 * 7 * misses["bytes_per_token"] == pytest.approx(moved)
 
 
 def test_repositories_are_downloaded_without_code(monkeypatch, tmp_path):
@@ -141,6 +152,10 @@ def test_wrong_input_is_one_line(model, tmp_path):
         f"--model={model.folder} --prompt=1 --predictor=learned": "want a folder, the others none",
         f"--model={model.folder} --prompt=1 --experts_dtype=int2": "one of <int8|int4|fp8>",
         f"--model={model.folder} --prompt=1 --experts_on_disk=x": "=x wants a --device_budget",
+        f"--model={model.folder} --prompt=1 --low_precision_misses=int4": "wants a --device_budget",
+        f"--model={model.folder} --prompt=1 --low_precision_misses=int4 --device_budget=50% "
+        "--experts_dtype=int8": "wants full experts, not --experts_dtype=int8",
+        f"--model={model.folder} --prompt=1 --importance_threshold=0.5": "wants --low_precision",
         f"--model={model.folder} --prompt=1 --device_budget=50% --max_new_tokens=8 "
         f"--experts_on_disk={model.folder}": "give them a folder of their own",
         f"--model={model.folder} --prompt=1 --device_budget=8XB": "'8XB' is not like 8GiB",

@@ -47,6 +47,14 @@ def test_a_plan_is_run_and_reported(tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
+def test_a_lossy_policy_runs_only_where_it_is_named():
+    (lossy,) = [one for one in POLICIES.values() if one.is_lossy]
+    assert lossy.name == "hobbit" and not lossy.is_exact
+    assert set(POLICIES) - {"hobbit"} == set(offload_bench.POLICY.default)
+    about = {"same_tokens_as_resident": False, "lossy": True, "low_precision_fetches": 2.0}
+    assert offload_bench.describe_tokens(about) == "no (lossy: 2.0 misses in few bits)"
+
+
 def test_plans_are_read_back_or_refused(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(plan_json(POLICIES["columns"], COSTS, {}))

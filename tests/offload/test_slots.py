@@ -11,6 +11,7 @@ from moejax.offload.policies import lfu, lru, touch
 from moejax.offload.slots import (
     assign,
     choose_slot,
+    forget_low,
     init_table,
     layer_slot_of,
     layer_slots,
@@ -52,6 +53,19 @@ def test_first_assignment_into_an_empty_slot_leaves_the_last_granule_alone():
     table = place(init_table(2, 4, shared_slots(3)), 7)
     table = assign(table, jnp.int32(1), jnp.int32(2))
     assert int(table.slot_of[7]) == 0
+
+
+def test_important_experts_of_few_bits_are_forgotten():
+    """Those of another layer stay, and those that came in full."""
+    table = init_table(2, 4, shared_slots(4), two_precisions=True)
+    for slot, (granule, low) in enumerate(((5, True), (6, False), (7, True), (1, True))):
+        table = assign(table, jnp.int32(slot), jnp.int32(granule), low=low)
+    assert table.is_low.tolist() == [True, False, True, True]
+    table = forget_low(table, jnp.int32(1), want(0, 1, 2))
+    check_bijection(table)
+    assert table.granule_of.tolist() == [-1, 6, 7, 1]
+    table = assign(table, jnp.int32(0), jnp.int32(5))
+    assert table.is_low.tolist() == [False, False, True, True]
 
 
 def test_random_assignments_keep_the_bijection():

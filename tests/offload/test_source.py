@@ -14,9 +14,10 @@ from moejax.core.structs import Routing
 from moejax.experts.gated import init_experts
 from moejax.experts.stage import stacked
 from moejax.offload.disk import DiskExperts
-from moejax.offload.source import DiskSource, HostSource, shapes_of, source_of
+from moejax.offload.precision import in_two_precisions
+from moejax.offload.source import DiskSource, HostSource, moved_bytes, shapes_of, source_of
 from moejax.offload.stage import OffloadConfig, init_state, offloaded
-from moejax.offload.store import EXPERT_SPEC
+from moejax.offload.store import EXPERT_SPEC, to_host
 from tests.exact import exact_jit
 from tests.offload.on_disk import on_disk
 
@@ -59,6 +60,22 @@ def test_kinds_of_stores(experts, folder):
     for source in (host, disk):
         assert (source.num_layers, source.num_experts) == (L, E)
     assert shapes_of(experts) is experts and shapes_of(folder).w_up.shape == (L, E, D, F)
+
+
+def test_a_store_in_two_precisions(experts):
+    """int8 keeps weights to half a step of 1 / 128, in the dtype of the full ones."""
+    two = in_two_precisions(to_host(experts, make_mesh()), "int8")
+    source = source_of(two)
+    assert isinstance(source, HostSource) and shapes_of(two) is two.full
+    full = jax.jit(source.fetch)(jnp.int32(5))
+    low = jax.jit(lambda granule: source.widen(source.fetch_low(granule)))(jnp.int32(5))
+    for got, want in zip(jax.tree.leaves(low), jax.tree.leaves(full), strict=True):
+        assert got.dtype == want.dtype == jnp.bfloat16
+        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+        assert 0 < np.abs(got - want).max() <= np.abs(want).max() / 127
+    in_full, in_int8 = 3 * D * F * 2, 3 * D * F + 4 * (F + F + D)  # a scale per column
+    assert moved_bytes(experts, fetches=5) == 5 * in_full
+    assert moved_bytes(two, fetches=5, low_fetches=2) == 3 * in_full + 2 * in_int8
 
 
 def test_ranks_find_their_experts_in_files_of_all(experts, folder, calls):
@@ -110,6 +127,8 @@ def test_a_layer_is_announced_before_its_rows_are_read(experts, folder, calls):
 def test_the_host_does_not_compute_what_is_on_disk(folder):
     with pytest.raises(InputError, match="serve='host': experts on disk can only be fetched"):
         offloaded(folder, OffloadConfig(num_slots=4, serve="host"))
+    with pytest.raises(InputError, match="not in two precisions: they are on disk$"):
+        offloaded(folder, OffloadConfig(num_slots=4, importance_threshold=0.5))
 
 
 def test_a_source_is_a_tree_without_weights(folder):

@@ -16,6 +16,7 @@ from moejax.layers.moe import MoEConfig
 from moejax.models.config import moe_decoder
 from moejax.models.decoder import forward, init_decoder
 from moejax.offload.disk import DiskExperts
+from moejax.offload.precision import in_two_precisions
 from moejax.offload.stage import OffloadConfig
 from moejax.offload.store import to_device, to_host
 from moejax.predictors.history import init_history
@@ -223,6 +224,8 @@ def test_wrong_use_is_refused(tmp_path):
         )
     with pytest.raises(InputError, match="experts on disk want an offload"):
         make_engine(dense, on_disk(tmp_path, experts), CFG, mesh, capacity=4)
+    with pytest.raises(InputError, match="experts in two precisions want an offload"):
+        make_engine(dense, in_two_precisions(experts, "int8"), CFG, mesh, capacity=4)
     engine = make_engine(dense, experts, CFG, mesh, capacity=4)
     with pytest.raises(InputError, match="temperature=-1.0 must not be negative"):
         engine.start(1, temperature=-1.0)
