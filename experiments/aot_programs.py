@@ -34,6 +34,7 @@ from moejax.models.footprint import footprint
 from moejax.offload.budget import Footprint, parse_budget, solve_slots
 from moejax.offload.columns import split_columns
 from moejax.offload.misses import Serve
+from moejax.offload.policies import PolicyName
 from moejax.offload.prefetch import FetchMode
 from moejax.offload.slots import write_row
 from moejax.offload.stage import OffloadConfig
@@ -82,7 +83,8 @@ class DecodeStep:
     device_budget: str = "25%"
     workspace_mib: int = 64
     prefetch_lanes: int = 8
-    policy: Literal["lru", "lfu", "random"] = "lru"
+    policy: PolicyName = "lru"
+    admission: bool = False
     fetch_mode: FetchMode = "always"
     serve: Serve = "fetch"
     column_parts: int = 1
@@ -105,6 +107,7 @@ class DecodeStep:
         return OffloadConfig(
             num_slots=solve_slots(budget, wants, min_slots=wants.num_layers),
             policy=self.policy,
+            admission=self.admission,
             prefetch_lanes=self.prefetch_lanes,
             fetch_mode=self.fetch_mode,
             serve=self.serve,

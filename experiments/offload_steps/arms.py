@@ -105,7 +105,7 @@ def offloaded_arm(
     offload = policy.config(slots, cfg.num_moe_layers, cfg.moe.num_experts, costs)
     engine = make_engine(
         model.params, store, cfg, model.mesh, capacity=model.capacity,
-        offload=offload, prediction=ahead if policy.lanes else None,
+        offload=offload, prediction=ahead if policy.lanes and not policy.admission else None,
     )  # fmt: skip
     return Arm(engine, model, hot if policy.keep == "static" else None)
 

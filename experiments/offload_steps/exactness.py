@@ -50,8 +50,10 @@ COSTS = MissCosts(fetch_s=2.0, host_read_s=1.0, host_row_s=0.5)
 WAYS: dict[str, dict[str, Any]] = {
     "fetch": {},
     "fetch_lfu": {"policy": "lfu"},
+    "average": {"policy": "average"},
     "prefetch": {"prefetch_lanes": 3},
     "prefetch_always": {"prefetch_lanes": 3, "fetch_mode": "always"},
+    "admission": {"policy": "average", "prefetch_lanes": 3, "admission": True},
     "host": {"serve": "host"},
     "divide": {"serve": "divide", "costs": COSTS},
     "divide_prefetch": {"serve": "divide", "costs": COSTS, "prefetch_lanes": 2},

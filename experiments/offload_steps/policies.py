@@ -11,7 +11,7 @@ from moejax.kernels.quantized import Format
 from moejax.offload.misses import Serve
 from moejax.offload.stage import OffloadConfig
 
-Keep = Literal["none", "lru", "lfu", "static"]
+Keep = Literal["none", "lru", "lfu", "average", "static"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class Policy:
     Attributes:
         keep: `static` fills the cache with the most used experts once; `none` has no cache, but
             slots for the experts of one layer; else what is evicted.
-        lanes: experts that the next layer's own gate makes the link fetch ahead.
+        lanes: experts that the link fetches ahead, those that the next layer's own gate names.
+        admission: while idle it fetches the most used ones instead, see `offload.admission`.
         importance_threshold: misses below it in importance are moved in `LOW_FORMAT`; lossy.
     """
 
@@ -29,6 +30,7 @@ class Policy:
     serve: Serve = "fetch"
     keep: Keep = "lru"
     lanes: int = 0
+    admission: bool = False
     column_parts: int = 1
     importance_threshold: float | None = None
 
@@ -64,8 +66,9 @@ class Policy:
         return OffloadConfig(
             num_slots=layer_alone if self.keep == "none" else kept,
             quota="shared" if self.keep == "none" else "layer",
-            policy="lfu" if self.keep == "lfu" else "lru",
+            policy="lru" if self.keep in ("none", "static") else self.keep,
             prefetch_lanes=self.lanes,
+            admission=self.admission,
             serve=self.serve,
             costs=part_costs(costs, parts) if self.serve == "divide" else None,
             column_parts=parts,
@@ -84,9 +87,12 @@ POLICIES: dict[str, Policy] = {
         Policy(name="on_demand", keep="none"),
         Policy(name="lru"),
         Policy(name="lfu", keep="lfu"),
+        Policy(name="average", keep="average"),
+        Policy(name="average+admission", keep="average", lanes=2, admission=True),
         Policy(name="next_gate", lanes=4),
         Policy(name="all_host", serve="host", keep="none"),
         Policy(name="static_hot", serve="host", keep="static"),
+        Policy(name="host+admission", serve="host", keep="average", lanes=2, admission=True),
         Policy(name="divide", serve="divide", keep="lfu"),
         Policy(name="divide+next_gate", serve="divide", keep="lfu", lanes=4),
         Policy(name="columns", serve="divide", keep="lfu", column_parts=4),

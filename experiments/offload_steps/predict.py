@@ -14,11 +14,13 @@ from moejax.simulator.plans import FIXED, Plan
 from moejax.simulator.step_times import StepTimes, simulate
 from moejax.simulator.workload import lanes_of_trace, make_workload
 
-# What the simulator calls the policies of the benchmark; those that predict want a recall.
+# What the simulator calls the policies of the benchmark. Those that predict want a recall, and it
+# admits experts of all layers, not of the next one.
 PLANS: dict[str, Plan] = {
     "on_demand": FIXED["on_demand"],
     "lru": FIXED["lru"],
     "lfu": FIXED["lfu"],
+    "average": Plan(name="average", serve="fetch", keep="average"),
     "all_host": FIXED["all_host"],
     "static_hot": FIXED["static_hot"],
     "divide": FIXED["presched_blind"],

@@ -74,7 +74,7 @@ class MoEMetrics:
     low_fetches: jax.Array  # int32 [], of those, the ones fetched in few bits (lossy)
     host_computes: jax.Array  # int32 [], missing experts that the host computed instead
     prefetches: jax.Array  # int32 [], experts fetched for this layer ahead of time
-    prefetches_wasted: jax.Array  # int32 [], of those, the ones this layer did not use
+    prefetches_wasted: jax.Array  # int32 [], of those, neither wanted by this layer nor kept
     waves: jax.Array  # int32 [], rounds of fetch and compute of the slowest rank
 
 

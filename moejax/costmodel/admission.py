@@ -10,6 +10,7 @@ Axis letters:
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,11 @@ from moejax.core.errors import check
 from moejax.costmodel.offload_bounds import prefetch_helps
 
 
-def average_scores(scores: np.ndarray, used: np.ndarray, decay: float) -> np.ndarray:
-    """S <- (1 - decay) S + decay u: moving average of what every expert was used, any shape.
+def average_scores(scores: Any, used: Any, decay: float) -> Any:
+    """S <- (1 - decay) S + decay u: moving average of what every expert was used.
 
-    `used` is router weight or tokens per expert; divide it by the tokens for a share.
+    Arrays of any shape, of numpy or jax. `used` is router weight or tokens per expert; divide it
+    by the tokens for a share.
     """
     check(0 < decay <= 1, f"decay={decay} must be above 0 and at most 1")
     return (1 - decay) * scores + decay * used

@@ -9,13 +9,19 @@ Axis letters:
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moejax.costmodel.admission import average_scores
+
 Key = tuple[jax.Array, jax.Array]  # int32 [N] each, compared in order
 Policy = Callable[["Usage"], Key]
+PolicyName = Literal["lru", "lfu", "random", "average"]
+
+DECAY = 0.1  # of the moving average, per call of the layer
 
 
 @struct.dataclass(kw_only=True)
@@ -24,6 +30,7 @@ class Usage:
 
     last_used: jax.Array  # int32 [N], clock of the last touch, -1 for never
     uses: jax.Array  # int32 [N], touches since the start
+    average: jax.Array  # float32 [N], moving average of the rows per call of the layer
     clock: jax.Array  # int32 [], number of calls so far
 
 
@@ -32,15 +39,18 @@ def init_usage(num_granules: int) -> Usage:
     return Usage(
         last_used=jnp.full((num_granules,), -1, jnp.int32),
         uses=jnp.zeros((num_granules,), jnp.int32),
+        average=jnp.zeros((num_granules,), jnp.float32),
         clock=jnp.int32(0),
     )
 
 
-def touch(usage: Usage, touched: jax.Array) -> Usage:
-    """Counts one call that used the granules where `touched` (bool [N]) holds."""
+def touch(usage: Usage, rows: jax.Array) -> Usage:
+    """Counts one call of the layer that `usage` covers, with `rows` (int32 [N]) per granule."""
+    touched = rows > 0
     return Usage(
         last_used=jnp.where(touched, usage.clock, usage.last_used),
         uses=usage.uses + touched.astype(jnp.int32),
+        average=average_scores(usage.average, rows.astype(jnp.float32), DECAY),
         clock=usage.clock + 1,
     )
 
@@ -55,6 +65,12 @@ def lfu(usage: Usage) -> Key:
     return usage.uses, usage.last_used
 
 
+def average(usage: Usage) -> Key:
+    """Smallest moving average first (HybriMoE, arXiv 2504.05897); the least recent of equals."""
+    # Floats that are not negative are in the order of their bits.
+    return jax.lax.bitcast_convert_type(usage.average, jnp.int32), usage.last_used
+
+
 def random(usage: Usage) -> Key:
     """A pseudo-random order that changes with every call (Knuth's multiplicative hash)."""
     n = usage.last_used.shape[0]
@@ -64,7 +80,12 @@ def random(usage: Usage) -> Key:
     return (mixed >> 1).astype(jnp.int32), jnp.zeros_like(usage.last_used)
 
 
-POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "random": random}
+POLICIES: dict[PolicyName, Policy] = {
+    "lru": lru,
+    "lfu": lfu,
+    "random": random,
+    "average": average,
+}
 
 
 def pick_victim(key: Key, candidates: jax.Array) -> jax.Array:

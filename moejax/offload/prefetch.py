@@ -4,7 +4,8 @@ Fetched experts land in buffers of their own that travel through the scan over l
 of the next layer those that it wants enter the slot cache and the others are forgotten, so a wrong
 prediction costs link time but never displaces a useful row. When all slots hold experts that the
 layer wants, landed ones wait until those have been computed (`waves.sort_experts`; not in mode
-`always`, where they are forgotten too).
+`always`, where they are forgotten too). With admission lanes may also bring what nobody predicts,
+and what landed may stay unwanted (`admission`).
 
 Axis letters:
     T  tokens    E  experts of this rank    L  MoE layers    N  granules    m  prefetch lanes
@@ -21,6 +22,7 @@ from flax import struct
 from moejax.core.structs import Routing
 from moejax.experts.shard import first_expert
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.offload.admission import is_worth_moving, is_worth_slot, rank_by_average
 from moejax.offload.policies import Policy
 from moejax.offload.slots import (
     SlotCache,
@@ -43,9 +45,10 @@ FetchMode = Literal["missing", "always"]
 class LookAhead:
     """How the next layer's experts are predicted and fetched."""
 
-    scorer: Scorer | None  # None fetches nothing
+    scorer: Scorer | None  # None predicts nothing
     source: Source
     mode: FetchMode
+    admission: bool  # lanes that no prediction wants admit, see `admission`
     axis: str | None  # mesh axis that the experts are sharded over
 
 
@@ -89,11 +92,13 @@ def absorb(
     wanted: jax.Array,
     keep: jax.Array,
     policy: Policy,
+    *,
+    admission: bool = False,
 ) -> tuple[SlotCache, jax.Array]:
     """Moves landed experts of `layer` that are `wanted` (bool [E]) into the cache, where absent.
 
-    They only take slots that hold no expert to `keep` (bool [E]). Returns the cache and how many
-    experts entered it.
+    They only take slots that hold no expert to `keep` (bool [E]). With `admission` others enter in
+    place of any with a lower average. Returns the cache and how many experts entered it.
     """
     num_experts = wanted.shape[0]
     used = jnp.int32(0)
@@ -105,7 +110,10 @@ def absorb(
             local = jnp.clip(local, 0, num_experts - 1)
             slot, is_free = choose_slot(cache.table, layer, policy, keep)
             absent = cache.table.slot_of[jnp.maximum(granule, 0)] < 0
-            take = (ours & wanted[local] & absent & is_free).astype(jnp.int32)
+            enters = wanted[local]
+            if admission:
+                enters |= is_worth_slot(cache.table, slot, granule)
+            take = (ours & enters & absent & is_free).astype(jnp.int32)
 
             def write(_, cache, slot=slot, granule=granule, expert=expert):
                 rows = write_row(cache.rows, slot, expert)
@@ -118,7 +126,12 @@ def absorb(
 
 
 def choose(
-    votes: jax.Array, table: SlotTable, layer: jax.Array, lanes: int, mode: FetchMode
+    votes: jax.Array,
+    table: SlotTable,
+    layer: jax.Array,
+    lanes: int,
+    mode: FetchMode,
+    idle: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Granules to fetch for `layer + 1`, and which lanes really fetch.
 
@@ -126,19 +139,27 @@ def choose(
     only those that some token is predicted to choose (a vote of at least 1). `always` moves all, as
     a transfer under a condition cannot overlap on TPU; after the last layer these are the most used
     experts of layer 0, for the next token.
+
+    With admission (`idle`, bool [], is given) the other lanes take the experts of the highest
+    moving average, for layer 0 too; `missing` moves those that are worth it while the link is idle.
     """
     num_experts = votes.shape[0]
     target, is_last, cached = _next_layer(table, layer, num_experts)
-    if mode == "missing":
-        vote, expert = jax.lax.top_k(jnp.where(cached, -1.0, votes), lanes)
-        live = (vote >= 1.0) & ~is_last
-    else:
+    votes = jnp.where(is_last, 0.0, votes)
+    if idle is not None:
+        votes = rank_by_average(votes, table, target)
+    elif mode == "always":
         start = (target * num_experts,)
         uses = jax.lax.dynamic_slice(table.usage.uses, start, (num_experts,))
         votes = jnp.where(is_last, uses.astype(jnp.float32), votes)
-        _, expert = jax.lax.top_k(jnp.where(cached, -1.0, votes), lanes)
-        live = jnp.ones((lanes,), bool)
-    return target * num_experts + expert.astype(jnp.int32), live
+    vote, expert = jax.lax.top_k(jnp.where(cached, -jnp.inf, votes), lanes)
+    granule = target * num_experts + expert.astype(jnp.int32)
+    if mode == "always":
+        return granule, jnp.ones((lanes,), bool)
+    live = vote >= 1.0
+    if idle is not None:
+        live |= idle & is_worth_moving(table, target, granule)
+    return granule, live
 
 
 def predicted(votes: jax.Array, table: SlotTable, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -182,25 +203,30 @@ def look_ahead(
     table: SlotTable,
     landing: Landing,
     predictor: Any,
+    idle: jax.Array,
 ) -> tuple[Landing, Any]:
     """Predicts what `layer + 1` wants and starts to fetch what `table` says is not cached.
 
     What is predicted is announced to the source, also where there are no lanes to fetch it. x is
-    [T, D], `routing` that of all ranks. Returns what was fetched and the predictor's state.
-    Cost: one transfer of an expert per live lane.
+    [T, D], `routing` that of all ranks, `idle` (bool []) whether admissions may use the link.
+    Returns what was fetched and the predictor's state. Cost: one transfer of an expert per live
+    lane.
     """
-    if how.scorer is None:
+    num_experts, lanes = how.source.num_experts, len(landing.experts)
+    if how.scorer is None and not how.admission:
         nothing = jnp.full_like(landing.granule, -1)
         return dataclasses.replace(landing, granule=nothing), predictor
     with jax.named_scope("offload_prefetch"):
-        scores, predictor = how.scorer(x, routing, layer, predictor)
-        valid = valid_tokens(routing, scores.shape[1])
-        votes = demand(scores, valid, routing.topk_idx.shape[1])
-        num_experts = how.source.num_experts
-        start = first_expert(how.axis, num_experts)
-        votes = jax.lax.dynamic_slice(votes, (start,), (num_experts,))
-        how.source.announce(*predicted(votes, table, layer))
-        if not landing.experts:
+        votes = jnp.zeros((num_experts,), jnp.float32)
+        if how.scorer is not None:
+            scores, predictor = how.scorer(x, routing, layer, predictor)
+            valid = valid_tokens(routing, scores.shape[1])
+            votes = demand(scores, valid, routing.topk_idx.shape[1])
+            start = first_expert(how.axis, num_experts)
+            votes = jax.lax.dynamic_slice(votes, (start,), (num_experts,))
+            how.source.announce(*predicted(votes, table, layer))
+        if lanes == 0:
             return landing, predictor
-        granule, live = choose(votes, table, layer, len(landing.experts), how.mode)
+        admits = idle if how.admission else None
+        granule, live = choose(votes, table, layer, lanes, how.mode, admits)
         return fetch(how.source, landing, granule, live, how.mode), predictor

@@ -16,7 +16,7 @@ from flax import struct
 from moejax.core.errors import check
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.kernels.rows import to_bits
-from moejax.offload.policies import Policy, Usage, init_usage, pick_victim
+from moejax.offload.policies import Policy, Usage, init_usage, pick_victim, touch
 
 
 @struct.dataclass(kw_only=True)
@@ -92,22 +92,18 @@ def init_cache(
     return SlotCache(table=table, rows=rows)
 
 
-def touch_layer(table: SlotTable, layer: jax.Array, wanted: jax.Array) -> SlotTable:
-    """Counts one call of `layer` that wants the experts where `wanted` (bool [E]) holds.
+def touch_layer(table: SlotTable, layer: jax.Array, rows: jax.Array) -> SlotTable:
+    """Counts one call of `layer` with `rows` (int32 [E]) per expert, see `policies.touch`."""
+    start, size = (layer * rows.shape[0],), rows.shape
 
-    The same as `policies.touch` with a mask over all granules, at the cost of one layer's.
-    """
-    usage, num_experts = table.usage, wanted.shape[0]
-    start = (layer * num_experts,)
-    last = jax.lax.dynamic_slice(usage.last_used, start, (num_experts,))
-    uses = jax.lax.dynamic_slice(usage.uses, start, (num_experts,))
-    last = jnp.where(wanted, usage.clock, last)
-    usage = Usage(
-        last_used=jax.lax.dynamic_update_slice(usage.last_used, last, start),
-        uses=jax.lax.dynamic_update_slice(usage.uses, uses + wanted.astype(jnp.int32), start),
-        clock=usage.clock + 1,
-    )
-    return dataclasses.replace(table, usage=usage)
+    def cut(leaf: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(leaf, start, size) if leaf.ndim else leaf
+
+    def paste(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(leaf, new, start) if leaf.ndim else new
+
+    usage = touch(jax.tree.map(cut, table.usage), rows)
+    return dataclasses.replace(table, usage=jax.tree.map(paste, table.usage, usage))
 
 
 def layer_slot_of(table: SlotTable, layer: jax.Array, num_experts: int) -> jax.Array:
@@ -135,7 +131,7 @@ def forget_low(table: SlotTable, layer: jax.Array, important: jax.Array) -> Slot
 
 def num_slots_of(table: SlotTable, layer: jax.Array) -> jax.Array:
     """int32 []: how many slots may serve `layer`."""
-    return jnp.sum(_may_serve(table, layer), dtype=jnp.int32)
+    return jnp.sum(may_serve(table, layer), dtype=jnp.int32)
 
 
 def choose_slot(
@@ -152,7 +148,7 @@ def choose_slot(
     expert = table.granule_of - layer * num_experts
     mine = (expert >= 0) & (expert < num_experts)
     busy = mine & wanted[jnp.clip(expert, 0, num_experts - 1)]
-    allowed = _may_serve(table, layer)
+    allowed = may_serve(table, layer)
     free = allowed & ~busy
     any_free = jnp.any(free)
     primary, secondary = (
@@ -187,5 +183,6 @@ def write_row(rows: GatedWeights, slot: jax.Array, expert: GatedWeights) -> Gate
     return jax.tree.map(write, rows, expert)
 
 
-def _may_serve(table, layer):
+def may_serve(table: SlotTable, layer: jax.Array) -> jax.Array:
+    """bool [S]: the slots that `layer` may take."""
     return (table.slot_layer < 0) | (table.slot_layer == layer)

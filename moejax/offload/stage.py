@@ -24,7 +24,7 @@ from moejax.experts.stage import Stage, StageCounts
 from moejax.kernels.grouped_ffn import GatedWeights
 from moejax.offload.host import pick_rows, run_on_host
 from moejax.offload.misses import Serve, num_moved
-from moejax.offload.policies import POLICIES
+from moejax.offload.policies import POLICIES, PolicyName
 from moejax.offload.precision import important_experts
 from moejax.offload.prefetch import (
     FetchMode,
@@ -68,6 +68,8 @@ class OffloadConfig:
             the slots of every layer, see `costmodel.quotas`.
         prefetch_lanes: experts fetched ahead per layer, 0 for none (and no landing buffers).
         fetch_mode: see `prefetch.choose`.
+        admission: lanes that no prediction wants bring what is used most, see `admission`; wants
+            the policy `average`.
         serve: who serves a miss, see `misses`.
         costs: of one expert, which `divide` divides by.
         column_parts: the store holds experts in so many parts, see `columns`; slots, lanes and
@@ -77,10 +79,11 @@ class OffloadConfig:
     """
 
     num_slots: int
-    policy: Literal["lru", "lfu", "random"] = "lru"
+    policy: PolicyName = "lru"
     quota: Literal["layer", "shared"] | tuple[int, ...] = "layer"
     prefetch_lanes: int = 0
     fetch_mode: FetchMode = "missing"
+    admission: bool = False
     serve: Serve = "fetch"
     costs: MissCosts | None = None
     column_parts: int = 1
@@ -99,6 +102,11 @@ class OffloadConfig:
             value = getattr(self, name)
             check(value in known, f"{name}={value!r} is not one of {known}")
         self._check_quota()
+        check(
+            not self.admission or (lanes >= 1 and self.policy == "average"),
+            f"admission wants prefetch_lanes of at least 1 and policy='average', got {lanes} and"
+            f" {self.policy!r}",
+        )
         check(
             (self.costs is not None) == (self.serve == "divide"),
             f"serve={self.serve!r} and costs={self.costs} do not go together",
@@ -182,7 +190,7 @@ def offloaded(
     """A stage that serves the experts of a `store`: host leaves [L, E, ...], or an opened folder.
 
     Args:
-        scorer: predicts the next layer's experts; None prefetches nothing.
+        scorer: predicts the next layer's experts; None predicts nothing.
         axis: mesh axis that the experts are sharded over, when inside `shard_map`.
 
     Exact: outputs are bit-equal to the resident stage's on CPU. Elsewhere the host rounds in other
@@ -195,14 +203,16 @@ def offloaded(
     source, policy = source_of(store, axis), POLICIES[cfg.policy]
     num_layers, num_experts = source.num_layers, source.num_experts
     _check_source(source, cfg)
-    ahead = LookAhead(scorer=scorer, source=source, mode=cfg.fetch_mode, axis=axis)
+    ahead = LookAhead(
+        scorer=scorer, source=source, mode=cfg.fetch_mode, admission=cfg.admission, axis=axis
+    )
 
     def stage(x, routing, weights, layer, state):
         assert weights is None, "the offloaded stage brings its own experts"
         local, landing = local_routing(routing, axis, num_experts), state.landing
         chosen = local.topk_idx.reshape(-1)[:, None] == jnp.arange(num_experts)[None]
         wanted, rows = chosen.any(0), jnp.sum(chosen, axis=0, dtype=jnp.int32)
-        table, important = touch_layer(state.cache.table, layer, wanted), None
+        table, important = touch_layer(state.cache.table, layer, rows), None
         if cfg.importance_threshold is not None:
             important = important_experts(
                 local.topk_idx, local.topk_weights, cfg.importance_threshold, num_experts
@@ -217,12 +227,16 @@ def offloaded(
         call = plan_call(x, local, work, source=source, policy=policy)
         y_host = None if cfg.serve == "fetch" else run_on_host(call)
         cache, y = run_missing(call, cache)
-        if crowded:
-            cache, late = absorb(cache, landing, layer, work.late, last_wave(work), policy)
+        if crowded or cfg.admission:
+            keep = last_wave(work) if crowded else wanted
+            cache, late = absorb(
+                cache, landing, layer, work.late, keep, policy, admission=cfg.admission
+            )
             used += late
         # Behind the demand transfers on the link, beside the last wave's compute.
+        idle = work.num_moved == 0
         coming, predictor = look_ahead(
-            ahead, x, routing, layer, cache.table, landing, state.predictor
+            ahead, x, routing, layer, cache.table, landing, state.predictor, idle
         )
         y = run_last(call, cache, y)
         y = unpermute(call, y if y_host is None else pick_rows(call, y, y_host))
@@ -268,6 +282,7 @@ def _can_crowd(cfg, num_layers, most_wanted):
 
 
 def _counts(work, landing, used, axis):
+    """Of the call; `used` of the landed experts were wanted by it or admitted to the cache."""
     fetched = jnp.sum(landing.granule >= 0, dtype=jnp.int32)
     counts = StageCounts(
         lookups=jnp.sum(work.wanted, dtype=jnp.int32),

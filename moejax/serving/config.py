@@ -1,10 +1,10 @@
 """Static description of a decode comparison."""
 
 import dataclasses
-from typing import Literal
 
 from moejax.core.errors import check, check_seed
 from moejax.offload.budget import parse_budget
+from moejax.offload.policies import PolicyName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class DecodeConfig:
     """
 
     device_budget: str = "25%"
-    policy: Literal["lru", "lfu", "random"] = "lru"
+    policy: PolicyName = "lru"
     prefetch_lanes: int = 4
     batch_sizes: tuple[int, ...] = (1, 16)
     new_tokens: tuple[int, ...] = (192, 48)

@@ -108,8 +108,8 @@ def make_engine(
             (`offload.precision`), or in an opened folder.
         capacity: positions of the KV cache; prompt and new tokens must fit.
         offload: slot cache and prefetch; None keeps all experts on the device.
-        prediction: what to prefetch; wants `offload.prefetch_lanes > 0`, but for experts on disk,
-            which are read ahead without lanes too.
+        prediction: what to prefetch; goes with `offload.prefetch_lanes > 0`. Lanes can do without
+            when they admit, a prediction when experts are on disk, which are read ahead.
     """
     lanes = offload.prefetch_lanes if offload else 0
     on_disk = isinstance(experts, DiskExperts)
@@ -123,8 +123,9 @@ def make_engine(
         offload is not None or isinstance(experts, GatedWeights),
         f"experts {where} want an offload, with its slots",
     )
+    admits = offload is not None and offload.admission
     check(
-        (prediction is None) == (lanes == 0) or (on_disk and lanes == 0),
+        admits or (prediction is None) == (lanes == 0) or (on_disk and lanes == 0),
         f"prefetch_lanes={lanes} and a prediction go together",
     )
     return Engine(

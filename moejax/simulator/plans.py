@@ -26,7 +26,6 @@ class Plan:
     admission: bool = False  # an idle link swaps experts by moving average
     quotas: bool = False  # slots per layer by dynamic programming instead of equal ones
     wire: float = 1.0  # bytes on the link over bytes stored; below 1 is lossy
-    decay: float = 0.1  # of the moving average, per step
 
 
 FIXED: dict[str, Plan] = {

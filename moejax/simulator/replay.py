@@ -185,7 +185,12 @@ def _look_up(cache: _Cache, pool, index, next_use, size, clock: Clock) -> tuple[
 def _evict(cache: _Cache, pool, touched, sizes, budget, key, num_experts):
     """Evicts untouched granules of a pool until it fits; returns the cache and how many went."""
     with jax.named_scope("cache_evict"):
-        usage = Usage(last_used=cache.last_used[pool], uses=cache.uses[pool], clock=cache.clock)
+        usage = Usage(
+            last_used=cache.last_used[pool],
+            uses=cache.uses[pool],
+            average=jnp.zeros(touched.shape, jnp.float32),  # of rows, which calls do not say
+            clock=cache.clock,
+        )
         order = key(usage, cache.next_use[pool])
         of_layer = jnp.arange(touched.shape[0], dtype=jnp.int32) // num_experts + pool
 

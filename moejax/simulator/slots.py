@@ -1,6 +1,6 @@
 """The cache of a simulated step: slots per layer, and who leaves them.
 
-LRU and LFU are the functions of `moejax.offload.policies` that the compiled step runs; a victim is
+Policies are the functions of `moejax.offload.policies` that the compiled step runs; a victim is
 what their `pick_victim` would pick.
 
 Axis letters:
@@ -13,8 +13,8 @@ import numpy as np
 
 from moejax.costmodel.admission import Swap, average_scores
 from moejax.costmodel.quotas import solve_quotas, static_hit_curve
-from moejax.offload.policies import POLICIES, Usage
-from moejax.simulator.plans import Plan
+from moejax.offload.policies import DECAY, POLICIES, Usage
+from moejax.simulator.plans import Keep, Plan
 from moejax.simulator.workload import Workload
 
 
@@ -22,12 +22,11 @@ from moejax.simulator.workload import Workload
 class Slots:
     """What is resident, and the counters that policies read."""
 
-    keep: str
-    decay: float
+    keep: Keep
     resident: np.ndarray  # bool [L, E]
     last_used: np.ndarray  # int32 [L, E]
     uses: np.ndarray  # int32 [L, E]
-    scores: np.ndarray  # float64 [L, E], moving average of tokens per step
+    scores: np.ndarray  # float32 [L, E], moving average of tokens per step
     clock: int = 0
 
 
@@ -43,11 +42,10 @@ def fill_slots(work: Workload, plan: Plan, slots: int) -> Slots:
     share = work.past / np.maximum(1, work.past.sum(1, keepdims=True))
     return Slots(
         keep=plan.keep,
-        decay=plan.decay,
         resident=rank < np.minimum(quotas, e)[:, None],
         last_used=np.full((layers, e), -1, np.int32),
         uses=work.past.astype(np.int32),
-        scores=share * work.tokens[0].sum() / layers,
+        scores=(share * work.tokens[0].sum() / layers).astype(np.float32),
     )
 
 
@@ -57,31 +55,21 @@ def touch(cache: Slots, layer: int, tokens: np.ndarray) -> None:
     cache.last_used[layer, used] = cache.clock
     cache.uses[layer, used] += 1
     cache.clock += 1
-    cache.scores[layer] = average_scores(cache.scores[layer], tokens, cache.decay)
+    cache.scores[layer] = average_scores(cache.scores[layer], tokens.astype(np.float32), DECAY)
 
 
 def insert(cache: Slots, layer: int, arrived: np.ndarray, wanted: np.ndarray) -> None:
     """Lets experts that were moved take the slots of others; never of what the call wants.
 
-    With `average` an expert enters only in place of one with a lower score. What finds no slot was
-    computed from its landing buffer and is gone.
+    What finds no slot was computed from its landing buffer and is gone.
     """
     if cache.keep in ("none", "static") or len(arrived) == 0:
         return
     leaving = np.flatnonzero(cache.resident[layer] & ~wanted)
-    if cache.keep == "average":
-        scores = cache.scores[layer]
-        arrived = arrived[np.argsort(-scores[arrived], kind="stable")]
-        leaving = leaving[np.argsort(scores[leaving], kind="stable")]
-        pairs = min(len(arrived), len(leaving))
-        worth = int(np.sum(scores[arrived[:pairs]] > scores[leaving[:pairs]]))
-        arrived, leaving = arrived[:worth], leaving[:worth]
-    else:
-        leaving = leaving[np.lexsort([k[leaving] for k in reversed(_key(cache, layer))])]
-        pairs = min(len(arrived), len(leaving))
-        arrived, leaving = arrived[:pairs], leaving[:pairs]
-    cache.resident[layer, leaving] = False
-    cache.resident[layer, arrived] = True
+    leaving = leaving[np.lexsort([k[leaving] for k in reversed(_key(cache, layer))])]
+    pairs = min(len(arrived), len(leaving))
+    cache.resident[layer, leaving[:pairs]] = False
+    cache.resident[layer, arrived[:pairs]] = True
 
 
 def swap_in(cache: Slots, swap: Swap) -> None:
@@ -95,6 +83,8 @@ def _key(cache: Slots, layer: int) -> list[np.ndarray]:
     usage = Usage(
         last_used=cache.last_used[layer],  # pyrefly: ignore[bad-argument-type]
         uses=cache.uses[layer],  # pyrefly: ignore[bad-argument-type]
+        average=cache.scores[layer],  # pyrefly: ignore[bad-argument-type]
         clock=np.int32(cache.clock),  # pyrefly: ignore[bad-argument-type]
     )
+    assert cache.keep not in ("none", "static"), "nobody leaves"
     return [np.asarray(part) for part in POLICIES[cache.keep](usage)]

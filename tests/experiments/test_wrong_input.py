@@ -82,7 +82,7 @@ QUICKSTART = [
     sets("data.heldout_fraction=2", "heldout_fraction=2.0 must be between 0 and 1"),
     sets("predict.window=9999 predict.heldout_tokens=9999", "window=9999 bytes; the longest has"),
     sets("predict.fit.hidden=0", "hidden=0 must be at least 1"),
-    sets("decode.policy=fifo", "decode.policy wants Literal['lru', 'lfu', 'random'], got 'fifo'"),
+    sets("decode.policy=fifo", "decode.policy wants Literal['lru', 'lfu', 'random', 'average']"),
     sets("decode.batch_sizes=(4,)", f"batch_sizes=(4,) and new_tokens={NEW_TOKENS} want one entry"),
     sets("decode.prompt_bytes=99999", "no held-out file is longer than prompt_bytes=99999"),
     sets("decode.prefetch_lanes=40", "prefetch_lanes=40 exceeds num_experts=32"),

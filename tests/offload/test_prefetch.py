@@ -70,7 +70,7 @@ def test_always_mode_skips_cached_experts_and_fills_every_lane(store):
 
 def test_after_the_last_layer_missing_fetches_nothing_and_always_the_most_used_of_layer_0(store):
     cache = cache_with(store)
-    table = touch_layer(cache.table, jnp.int32(0), mask(3))
+    table = touch_layer(cache.table, jnp.int32(0), mask(3).astype(jnp.int32))
     votes = jnp.array([0.9, 0.8, 0.1, 0.0])
     _, live = prefetch.choose(votes, table, jnp.int32(L - 1), 2, "missing")
     assert live.tolist() == [False, False]

@@ -7,7 +7,7 @@ import pytest
 
 from moejax.core.errors import InputError
 from moejax.offload import slots
-from moejax.offload.policies import lfu, lru, touch
+from moejax.offload.policies import init_usage, lfu, lru, touch
 from moejax.offload.slots import (
     assign,
     choose_slot,
@@ -24,6 +24,10 @@ NOTHING = jnp.zeros((4,), bool)
 
 def want(*experts):
     return NOTHING.at[jnp.array(experts, jnp.int32)].set(True)
+
+
+def one_row(*experts):
+    return want(*experts).astype(jnp.int32)
 
 
 def place(table, *granules):
@@ -78,15 +82,17 @@ def test_random_assignments_keep_the_bijection():
         check_bijection(table)
 
 
-def test_touch_layer_equals_touch_with_a_full_mask():
+def test_touch_layer_touches_the_usage_of_its_layer_and_the_clock():
     table = init_table(3, 4, shared_slots(2))
-    usage = table.usage
-    for layer, experts in [(0, (1, 2)), (2, (0,)), (1, (3,)), (0, (2,))]:
-        table = touch_layer(table, jnp.int32(layer), want(*experts))
-        mask = jnp.zeros((3, 4), bool).at[layer].set(want(*experts))
-        usage = touch(usage, mask.reshape(-1))
-    for ours, theirs in zip(jax.tree.leaves(table.usage), jax.tree.leaves(usage), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    usages = [init_usage(4)] * 3
+    for clock, (layer, rows) in enumerate([(0, 1), (2, 5), (1, 2), (0, 3)]):
+        rows = rows * one_row(layer, 3)
+        table = touch_layer(table, jnp.int32(layer), rows)
+        usages[layer] = touch(usages[layer].replace(clock=jnp.int32(clock)), rows)
+    for name in ("last_used", "uses", "average"):
+        expected = np.concatenate([getattr(usage, name) for usage in usages])
+        np.testing.assert_array_equal(getattr(table.usage, name), expected)
+    assert int(table.usage.clock) == 4
 
 
 def test_empty_slots_go_before_any_eviction():
@@ -97,7 +103,7 @@ def test_empty_slots_go_before_any_eviction():
 def test_least_recent_goes_and_wanted_experts_stay():
     table = place(init_table(2, 4, shared_slots(3)), 0, 1, 6)
     for layer, expert in [(0, 0), (0, 1), (1, 2)]:
-        table = touch_layer(table, jnp.int32(layer), want(expert))
+        table = touch_layer(table, jnp.int32(layer), one_row(expert))
     assert int(choose_slot(table, jnp.int32(0), lru, NOTHING)[0]) == 0
     slot, free = choose_slot(table, jnp.int32(0), lru, want(0))
     assert (int(slot), bool(free)) == (1, True)
@@ -108,7 +114,7 @@ def test_least_recent_goes_and_wanted_experts_stay():
 
 def test_when_everything_is_wanted_the_policy_decides_and_says_so():
     table = place(init_table(1, 4, shared_slots(2)), 2, 1)
-    table = touch_layer(touch_layer(table, jnp.int32(0), want(1, 2)), jnp.int32(0), want(2))
+    table = touch_layer(touch_layer(table, jnp.int32(0), one_row(1, 2)), jnp.int32(0), one_row(2))
     slot, free = choose_slot(table, jnp.int32(0), lfu, want(1, 2))
     assert (int(slot), bool(free)) == (1, False)
 
@@ -116,9 +122,9 @@ def test_when_everything_is_wanted_the_policy_decides_and_says_so():
 def test_layer_quotas_are_equal_and_respected():
     assert np.bincount(np.asarray(layer_slots(7, 3))).tolist() == [3, 2, 2]
     table = place(init_table(2, 4, layer_slots(4, 2)), 0, 1, 4, 5)
-    table = touch_layer(table, jnp.int32(0), want(0, 1))
+    table = touch_layer(table, jnp.int32(0), one_row(0, 1))
     # Layer 0's experts are more recent, yet layer 0 may only take its own slots.
-    table = touch_layer(table, jnp.int32(0), want(1))
+    table = touch_layer(table, jnp.int32(0), one_row(1))
     assert int(choose_slot(table, jnp.int32(0), lru, NOTHING)[0]) == 0
     assert int(choose_slot(table, jnp.int32(1), lru, NOTHING)[0]) in (2, 3)
 

@@ -66,7 +66,7 @@ def moved_by_plan(cfg, rows):
         (OffloadConfig(num_slots=1, quota="shared", policy="lfu"), 5),
         (OffloadConfig(num_slots=5, quota="shared", policy="random"), 3),
         pytest.param(OffloadConfig(num_slots=L * E), 5, marks=pytest.mark.full),
-        (OffloadConfig(num_slots=5, quota=(4, 1)), 3),
+        (OffloadConfig(num_slots=5, quota=(4, 1), policy="average"), 3),
         (OffloadConfig(num_slots=6, serve="host"), 5),
         (OffloadConfig(num_slots=4, serve="divide", costs=COSTS), 5),
         pytest.param(
@@ -241,7 +241,9 @@ def test_compiled_step_copies_no_cache_and_calls_no_host(experts, quota):
 
     Six wanted experts may find fewer slots in a layer's quota, never in the shared pool.
     """
-    cfg = OffloadConfig(num_slots=11, prefetch_lanes=2, quota=quota)
+    cfg = OffloadConfig(
+        num_slots=11, prefetch_lanes=2, quota=quota, policy="average", admission=quota == "layer"
+    )
 
     def scorer(x, routing, layer, state):
         return x[:, :E] * (1.0 + layer.astype(jnp.float32)), state

@@ -155,7 +155,7 @@ def test_the_call_clock_is_that_of_the_compiled_step():
     for index in ([0, 3, m], [3, 5, 1], [m, m, m], [2, 3, m]):
         index = jnp.array(index, jnp.int32)
         cache, _ = _look_up(cache, jnp.int32(0), index, index, jnp.int32(1), "call")
-        usage = touch(usage, jnp.zeros(m, bool).at[index].set(True, mode="drop"))
+        usage = touch(usage, jnp.zeros(m, jnp.int32).at[index].set(1, mode="drop"))
         np.testing.assert_array_equal(cache.last_used[0], usage.last_used)
         np.testing.assert_array_equal(cache.uses[0], usage.uses)
         assert cache.clock == usage.clock
