@@ -1,5 +1,7 @@
 """Admission by moving average: its rule, and the stage that follows it, beside plain Python."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +20,10 @@ from moejax.offload.store import to_host
 from tests.exact import exact_jit
 from tests.offload.test_stage import D, E, F, L, routing_of
 
-SLOTS, LANES = 3, 2  # slots of a layer
+SLOTS = 3  # of a layer
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def table():
     """Layer 1 has averages 0, .1, .2, ... and holds experts 2 and 4, beside an empty slot."""
     table = init_table(L, E, layer_slots(L * SLOTS, L))
@@ -114,7 +116,8 @@ class PlainCache:
 
     def choose(self, layer, busy):
         absent = [e for e in range(E) if e not in self.slots[layer]]
-        best = sorted(absent, key=lambda e: -self.average[layer, e])[:LANES]
+        best = sorted(absent, key=lambda e: -self.average[layer, e])
+        best = best[: self.cfg.prefetch_lanes]
         if self.cfg.fetch_mode == "always":
             return best
         least = min(self.worth(layer, e) for e in self.slots[layer])
@@ -131,42 +134,59 @@ def drifting_calls(calls):
         yield i % L, sorted(rng.choice(pool, 2, replace=False).tolist())
 
 
-def config(**kwargs):
-    lanes = LANES if kwargs["admission"] else 0
-    return OffloadConfig(num_slots=L * SLOTS, policy="average", prefetch_lanes=lanes, **kwargs)
+def scan_calls(call, experts, cfg=None):
+    """`call` over `drifting_calls`, one token each: (last state, what it gave)."""
+    layers, chosen = zip(*drifting_calls(80), strict=True)
+    x = jnp.linspace(-1, 1, 80 * D, dtype=jnp.float32).reshape(80, 1, D)
+    calls = (jnp.array(layers, jnp.int32), x, jnp.array(chosen, jnp.int32)[:, None])
+
+    @exact_jit
+    def run(experts, calls):
+        state = None if cfg is None else init_state(experts, cfg)
+        return jax.lax.scan(partial(call, experts), state, calls)
+
+    return run(experts, calls)
+
+
+@pytest.fixture(scope="module")
+def resident():
+    """Experts on the device, and what they answer to `drifting_calls`."""
+    experts = init_experts(jax.random.key(0), (L, E), D, F, out_scale=1.0, dtype=jnp.float32)
+
+    def call(experts, state, of_call):
+        layer, x, idx = of_call
+        return state, stacked(experts)(x, routing_of(idx), None, layer, None)[0]
+
+    return experts, scan_calls(call, experts)[1]
+
+
+def config(lanes, **kwargs):
+    kwargs |= {"prefetch_lanes": lanes, "admission": lanes > 0}
+    return OffloadConfig(num_slots=L * SLOTS, policy="average", **kwargs)
 
 
 @pytest.mark.parametrize(
     "cfg",
     [
-        config(admission=True),
-        config(admission=True, serve="host"),
-        pytest.param(config(admission=True, fetch_mode="always"), marks=pytest.mark.full),
+        config(2),
+        config(1, serve="host"),
+        pytest.param(config(2, fetch_mode="always"), marks=pytest.mark.full),
     ],
     ids=["missing", "host", "always"],
 )
-def test_the_stage_follows_the_rule_and_gives_the_resident_bits(cfg):
-    experts = init_experts(jax.random.key(0), (L, E), D, F, out_scale=1.0, dtype=jnp.float32)
-    x = jnp.linspace(-1, 1, D, dtype=jnp.float32).reshape(1, D)
-    layers, chosen = zip(*drifting_calls(80), strict=True)
+def test_the_stage_follows_the_rule_and_gives_the_resident_bits(resident, cfg):
+    experts, outputs = resident
 
-    @exact_jit
-    def serve(store, experts, layers, chosen):
-        def call(state, of_call):
-            layer, idx = of_call
-            ours, state, counts = offloaded(store, cfg)(x, routing_of(idx), None, layer, state)
-            theirs, _, _ = stacked(experts)(x, routing_of(idx), None, layer, None)
-            return state, (ours, theirs, counts, state.cache.table.granule_of)
+    def call(store, state, of_call):
+        layer, x, idx = of_call
+        y, state, counts = offloaded(store, cfg)(x, routing_of(idx), None, layer, state)
+        return state, (y, counts, state.cache.table.granule_of)
 
-        return jax.lax.scan(call, init_state(store, cfg), (layers, chosen))
-
-    idx = jnp.array(chosen, jnp.int32)[:, None]
-    store = to_host(experts, make_mesh())
-    state, (ours, theirs, counts, held) = serve(store, experts, jnp.array(layers, jnp.int32), idx)
-    np.testing.assert_array_equal(ours, theirs)
+    state, (y, counts, held) = scan_calls(call, to_host(experts, make_mesh()), cfg)
+    np.testing.assert_array_equal(y, outputs)
     plain, names = PlainCache(cfg), ("lookups", "hits", "demand_fetches", "host_computes")
     names = (*names, "prefetches", "prefetches_wasted")
-    for i, (layer, wanted) in enumerate(zip(layers, chosen, strict=True)):
+    for i, (layer, wanted) in enumerate(drifting_calls(80)):
         expected = plain.call(layer, wanted)
         assert tuple(int(getattr(counts, name)[i]) for name in names) == expected
         assert held[i].tolist() == plain.granules()
@@ -177,13 +197,13 @@ def test_the_stage_follows_the_rule_and_gives_the_resident_bits(cfg):
 def test_admission_hits_more_than_none_after_the_favourites_change():
     hits = {}
     for serve in ("fetch", "host"):
-        for admission in (False, True):
-            plain = PlainCache(config(admission=admission, serve=serve))
+        for lanes in (0, 1, 2):
+            plain = PlainCache(config(lanes, serve=serve))
             counts = [plain.call(layer, wanted) for layer, wanted in drifting_calls(80)]
-            hits[serve, admission] = sum(count[1] for count in counts[40:])
-    assert hits["fetch", True] > hits["fetch", False]
+            hits[serve, lanes] = sum(count[1] for count in counts[40:])
+    assert hits["fetch", 2] > hits["fetch", 0]
     # What the host computes never enters the cache: admission alone fills it.
-    assert hits["host", True] > 50 and hits["host", False] == 0
+    assert hits["host", 2] >= hits["host", 1] > 50 and hits["host", 0] == 0
 
 
 @pytest.mark.parametrize("lanes, policy", [(0, "average"), (1, "lfu")])
