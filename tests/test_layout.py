@@ -43,6 +43,7 @@ COVERED_ELSEWHERE = {
     "layers/gqa.py": "layers/test_attention.py: with and without what open models add",
     "models/params.py": "models/test_decoder.py: weights of every kind of layer",
     "offload/waves.py": "offload/test_stage.py: more wanted experts than slots",
+    "offload/work.py": "offload/test_stage.py: counts of every kind of call",
     "predictors/mlp.py": "predictors/test_history.py and predictors/test_residual.py: their net",
     "serving/programs.py": "serving/test_engine.py: every program that an engine runs",
     "serving/prediction.py": "serving/test_engine.py: every kind of prediction",

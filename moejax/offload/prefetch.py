@@ -3,7 +3,7 @@
 Fetched experts land in buffers of their own that travel through the scan over layers; at the start
 of the next layer those that it wants enter the slot cache and the others are forgotten, so a wrong
 prediction costs link time but never displaces a useful row. When all slots hold experts that the
-layer wants, landed ones wait until those have been computed (`waves.sort_experts`; not in mode
+layer wants, landed ones wait until those have been computed (`work.sort_experts`; not in mode
 `always`, where they are forgotten too). With admission lanes may also bring what nobody predicts,
 and what landed may stay unwanted (`admission`).
 

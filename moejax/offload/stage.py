@@ -46,15 +46,8 @@ from moejax.offload.slots import (
     touch_layer,
 )
 from moejax.offload.source import HostSource, Store, source_of
-from moejax.offload.waves import (
-    last_wave,
-    num_waves,
-    plan_call,
-    run_last,
-    run_missing,
-    sort_experts,
-    unpermute,
-)
+from moejax.offload.waves import plan_call, run_last, run_missing, unpermute
+from moejax.offload.work import last_wave, num_waves, sort_experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from moejax.core.structs import Routing
 from moejax.kernels.chunks import ChunkPlan, pick_sizes, plan_chunks, zero_tail
@@ -37,77 +36,13 @@ from moejax.kernels.vma import vary_together
 from moejax.offload.policies import Policy
 from moejax.offload.slots import (
     SlotCache,
-    SlotTable,
     assign,
     choose_slot,
     layer_slot_of,
-    num_slots_of,
     write_row,
 )
 from moejax.offload.source import Source
-
-
-@struct.dataclass(kw_only=True)
-class Work:
-    """One layer call, experts in processing order: cached, missing, late, unwanted.
-
-    Of the missing ones the first `num_moved` are fetched; the host computes the others (`host.py`).
-    Of these the first `num_full` are fetched in full, the others in few bits (`precision.py`).
-    """
-
-    layer: jax.Array  # int32 []
-    order: jax.Array  # int32 [E], expert ids
-    wanted: jax.Array  # bool [E], by expert id
-    late: jax.Array  # bool [E], by expert id: landed, and without a slot before the last wave
-    num_cached: jax.Array  # int32 [], wanted and in the cache
-    num_missing: jax.Array  # int32 [], at least 1 when any is late
-    num_moved: jax.Array  # int32 [], of these, fetched by demand; all of them when any is late
-    num_late: jax.Array  # int32 []
-    num_free: jax.Array  # int32 [], slots of the layer that hold nothing wanted; 0 when any is late
-    num_full: jax.Array | None = None  # int32 []; None where all of them are
-
-
-def sort_experts(
-    table: SlotTable,
-    layer: jax.Array,
-    wanted: jax.Array,
-    landed: jax.Array,
-    rows: jax.Array,
-    important: jax.Array | None = None,
-) -> Work:
-    """Puts the experts of `layer` in processing order: missing ones with most rows first, ids
-    ascend among equals and in the other classes. All missing ones are to be moved.
-
-    Args: `wanted` bool [E]; `landed` bool [E], in a landing buffer; `rows` int32 [E]; `important`
-    bool [E], to be moved in full, which go before the other missing ones; None for all. One absent
-    expert is missing even if it has landed, since the slots are free for late ones only behind a
-    wave that fetches; and the last missing one keeps its slot.
-    """
-    absent = wanted & (layer_slot_of(table, layer, wanted.shape[0]) < 0)
-    waiting = absent & landed
-    num_slots = num_slots_of(table, layer)
-    room = jnp.minimum(jnp.sum(absent, dtype=jnp.int32), num_slots) - 1
-    late = waiting & (jnp.cumsum(waiting, dtype=jnp.int32) <= room)
-    missing = absent & ~late
-    low = jnp.zeros_like(missing) if important is None else missing & ~important
-    rank = jnp.where(low, 2, missing.astype(jnp.int32))
-    rank = jnp.where(wanted, jnp.where(late, 3, rank), 4)
-    num_cached = jnp.sum(rank == 0, dtype=jnp.int32)
-    num_missing = jnp.sum(missing, dtype=jnp.int32)
-    most = jnp.max(rows) + 1
-    fewer = jnp.where(missing, most - rows, 0)
-    return Work(
-        layer=layer,
-        order=jnp.argsort(rank * (most + 1) + fewer, stable=True).astype(jnp.int32),
-        wanted=wanted,
-        late=late,
-        num_cached=num_cached,
-        num_missing=num_missing,
-        num_moved=num_missing,
-        num_late=jnp.sum(late, dtype=jnp.int32),
-        num_free=num_slots - num_cached,
-        num_full=None if important is None else num_missing - jnp.sum(low, dtype=jnp.int32),
-    )
+from moejax.offload.work import Work, last_wave_bounds, num_joined
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +139,7 @@ def _waves(call, cache, y, begin, n, *, low=False):
 def _in_turn(call, source, xs, work, plan, cache, y):
     """The same where link and compute are one processor: straight into the slot, one copy less."""
     call = dataclasses.replace(call, source=source, xs=xs, work=work, plan=plan)
-    n, joined = work.num_moved, _num_joined(work)
+    n, joined = work.num_moved, num_joined(work)
 
     cache = jax.lax.fori_loop(0, joined, partial(_bring, call), cache)
     y = _compute(call, y, cache, 0, jnp.where(n == joined, 0, work.num_cached + joined))
@@ -221,33 +156,13 @@ def _in_turn(call, source, xs, work, plan, cache, y):
     return cache, y
 
 
-def _num_joined(work):
-    """int32 []: how many of the moved experts wave 0 computes, beside the cached ones."""
-    return jax.lax.platform_dependent(
-        work.num_moved, work.num_free, cpu=jnp.minimum, default=lambda moved, free: moved - moved
-    )
-
-
-def num_waves(work: Work) -> jax.Array:
-    """int32 []: how often `run_missing` and `run_last` compute."""
-    return 1 + work.num_moved - _num_joined(work)
-
-
-def last_wave(work: Work) -> jax.Array:
-    """bool [E], by expert id: what `run_last` computes, and wants in the cache."""
-    first, last = _last_wave_bounds(work)
-    position = jnp.arange(work.order.shape[0], dtype=jnp.int32)
-    inside = (position >= first) & (position < last)
-    return jnp.zeros_like(inside).at[work.order].set(inside)
-
-
 def run_last(call: Call, cache: SlotCache, y: jax.Array) -> jax.Array:
     """The last wave: the last missing expert, or wave 0 where no other is left.
 
     Late experts come with it.
     """
     with jax.named_scope("moe_last_wave"):
-        return _compute(call, y, cache, *_last_wave_bounds(call.work))
+        return _compute(call, y, cache, *last_wave_bounds(call.work))
 
 
 def unpermute(call: Call, y: jax.Array) -> jax.Array:
@@ -255,12 +170,6 @@ def unpermute(call: Call, y: jax.Array) -> jax.Array:
     with jax.named_scope("moe_unpermute"):
         y = zero_tail(y, jnp.sum(call.permutation.group_sizes), sizes=call.sizes)
         return ungroup(y[: y.shape[0] - call.sizes[-1]], call.permutation, call.top_k)
-
-
-def _last_wave_bounds(work):
-    moved = work.num_cached + work.num_moved
-    first = jnp.where(work.num_moved == _num_joined(work), 0, moved - 1)
-    return first, moved + work.num_late
 
 
 def _compute(call, y, cache, first, last):

@@ -15,7 +15,8 @@ from moejax.offload.policies import lru
 from moejax.offload.slots import init_table, layer_slots
 from moejax.offload.source import source_of
 from moejax.offload.store import to_host
-from moejax.offload.waves import plan_call, sort_experts, unpermute
+from moejax.offload.waves import plan_call, unpermute
+from moejax.offload.work import sort_experts
 from tests.exact import exact_jit
 
 L, E, D, F, T = 2, 4, 8, 6, 5

@@ -15,7 +15,7 @@ from moejax.experts.gated import init_experts
 from moejax.experts.quantize import quantize_experts
 from moejax.experts.stage import stacked
 from moejax.kernels.quantized import dequantize_tree
-from moejax.offload import stage, waves
+from moejax.offload import stage, waves, work
 from moejax.offload.precision import TwoPrecisions, important_experts, in_two_precisions
 from moejax.offload.stage import OffloadConfig, init_state, offloaded
 from moejax.offload.store import EXPERT_SPEC, to_host
@@ -105,7 +105,7 @@ def test_every_expert_is_served_in_the_precision_it_is_due(monkeypatch):
 def test_the_same_where_transfers_overlap(monkeypatch):
     """The waves of an accelerator, run on the CPU."""
     monkeypatch.setattr(waves, "_in_turn", waves._overlapped)
-    monkeypatch.setattr(waves, "_num_joined", lambda work: jnp.zeros_like(work.num_moved))
+    monkeypatch.setattr(work, "num_joined", lambda work: jnp.zeros_like(work.num_moved))
     check_serving(monkeypatch, OffloadConfig(num_slots=5, quota="shared", importance_threshold=0.5))
 
 
