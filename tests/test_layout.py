@@ -55,6 +55,7 @@ COVERED_ELSEWHERE = {
 NOT_A_MODULE = {
     "interop/hf/test_peak_memory.py": "interop/hf/load.py: host memory of a large model",
     "interop/hf/test_parity.py": "interop/hf: every architecture against transformers",
+    "offload/test_whole_models.py": "offload/stage.py: several models by one slot table",
     "aot/test_aot_report.py": "experiments/aot_report.py: compile-only checks",
     "training/test_checkpoint_meshes.py": "training/sharding.py and checkpoint/manager.py together",
 }

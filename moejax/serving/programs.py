@@ -156,7 +156,7 @@ class _Program:
     prediction: Prediction | None
 
     def prefill(self, params, experts, session, tokens, mask):
-        """Runs the prompts; nothing is prefetched, as a prompt wants nearly every expert."""
+        """Runs the prompts; nothing is predicted, as a prompt wants nearly every expert."""
         out, session = self._forward(params, self._stage(experts, None), session, tokens, mask)
         if session.offload is not None:
             kept = _of_rank(session.offload.predictor)

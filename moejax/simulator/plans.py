@@ -65,6 +65,14 @@ def candidate_plans() -> list[Plan]:
         for plan in own
         if not plan.admission and plan.prefetch == "slack"
     ]
+    # Whole experts enter the cache, parts of them do not.
+    whole = [
+        dataclasses.replace(FIXED[of], name=name, admission=True)
+        for of, name in (
+            ("presched_blind", "whole+lfu+admission"),
+            ("presched", "whole+lfu+admission+prediction"),
+        )
+    ]
     moved = [
         Plan(name="fetch+average", serve="fetch", keep="average", parts=16),
         Plan(
@@ -75,7 +83,7 @@ def candidate_plans() -> list[Plan]:
             parts=16,
         ),
     ]
-    return [*FIXED.values(), static, *own, *quotas, *moved]
+    return [*FIXED.values(), static, *own, *quotas, *whole, *moved]
 
 
 def ablation_plans() -> list[Plan]:
