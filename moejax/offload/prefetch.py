@@ -13,6 +13,7 @@ Axis letters:
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -22,6 +23,7 @@ from flax import struct
 from moejax.core.structs import Routing
 from moejax.experts.shard import first_expert
 from moejax.kernels.grouped_ffn import GatedWeights
+from moejax.kernels.vma import vary_together
 from moejax.offload.admission import is_worth_moving, is_worth_slot, rank_by_average
 from moejax.offload.policies import Policy
 from moejax.offload.slots import (
@@ -100,29 +102,35 @@ def absorb(
     They only take slots that hold no expert to `keep` (bool [E]). With `admission` others enter in
     place of any with a lower average. Returns the cache and how many experts entered it.
     """
-    num_experts = wanted.shape[0]
-    used = jnp.int32(0)
+    size = wanted.shape[0]
     with jax.named_scope("offload_absorb"):
+        local = landing.granule - layer * size
+        ours = (local >= 0) & (local < size)
+        local = jnp.clip(local, 0, size - 1)
+        absent = cache.table.slot_of[jnp.maximum(landing.granule, 0)] < 0
+        # Wrong predictions are most of what lands: no slot is looked for on their behalf.
+        asks = (ours & absent & (wanted[local] | admission)).astype(jnp.int32)
+        used, _ = vary_together(jnp.int32(0), asks)
         for lane, expert in enumerate(landing.experts):
-            granule = landing.granule[lane]
-            local = granule - layer * num_experts
-            ours = (local >= 0) & (local < num_experts)
-            local = jnp.clip(local, 0, num_experts - 1)
-            slot, is_free = choose_slot(cache.table, layer, policy, keep)
-            absent = cache.table.slot_of[jnp.maximum(granule, 0)] < 0
-            enters = wanted[local]
-            if admission:
-                enters |= is_worth_slot(cache.table, slot, granule)
-            take = (ours & enters & absent & is_free).astype(jnp.int32)
 
-            def write(_, cache, slot=slot, granule=granule, expert=expert):
-                rows = write_row(cache.rows, slot, expert)
-                return SlotCache(table=assign(cache.table, slot, granule), rows=rows)
+            def enter(_, carry, lane=lane, expert=expert):
+                (cache, used), granule = carry, landing.granule[lane]
+                slot, is_free = choose_slot(cache.table, layer, policy, keep)
+                takes = is_free
+                if admission:
+                    takes &= wanted[local[lane]] | is_worth_slot(cache.table, slot, granule)
+                takes = takes.astype(jnp.int32)
+                put = partial(_put, slot=slot, granule=granule, expert=expert)
+                return jax.lax.fori_loop(0, takes, put, cache), used + takes
 
-            # A loop of at most one trip: as a cond, XLA:CPU copies the cache.
-            cache = jax.lax.fori_loop(0, take, write, cache)
-            used += take
+            # Loops of at most one trip: with conds, XLA:CPU copies the cache.
+            cache, used = jax.lax.fori_loop(0, asks[lane], enter, (cache, used))
     return cache, used
+
+
+def _put(_, cache, *, slot, granule, expert):
+    rows = write_row(cache.rows, slot, expert)
+    return SlotCache(table=assign(cache.table, slot, granule), rows=rows)
 
 
 def choose(
