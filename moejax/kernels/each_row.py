@@ -26,20 +26,27 @@ _ADDENDS = 64
 def matmul_each(x: jax.Array, stack: Matrix, rows: jax.Array) -> jax.Array:
     """`x[n] @ stack[rows[n]]` in float32: [N, A] float32, [R, A, B], int32 [N] -> [N, B].
 
-    The stack is float32, bfloat16 or its bits, or quantised. Forward only, for CPU. A row's bits do
-    not depend on the other rows, nor on where its matrix lies.
+    An int32 [] names one matrix for all of x. The stack is float32, bfloat16 or its bits, or
+    quantised. Forward only, for CPU. A row's bits do not depend on the other rows, nor on where its
+    matrix lies.
     """
     if isinstance(stack, Quantized) or not _terms(stack):
-        return jnp.concatenate([matmul_row(x[n, None], stack, rows[n]) for n in range(x.shape[0])])
+        each = jnp.broadcast_to(rows, x.shape[:1])
+        return jnp.concatenate([matmul_row(x[n, None], stack, each[n]) for n in range(x.shape[0])])
     terms, (count, inner, outer) = _terms(stack), stack.shape
     if stack.dtype == jnp.bfloat16:
         stack, rows = lax.optimization_barrier((stack, rows))  # as in `read_row`
     blocks = to_bits(stack).reshape(count, inner // terms, terms, outer)
     parts = x.reshape(x.shape[0], inner // terms, terms)
 
+    def matrix_rows(j):
+        if rows.ndim:
+            return blocks[:, :, j].at[rows].get(mode="promise_in_bounds")  # [N, A // terms, B]
+        size = (1, inner // terms, 1, outer)
+        return lax.dynamic_slice(blocks, (rows, 0, j, 0), size)[:, :, 0]  # [1, A // terms, B]
+
     def term(j):
-        matrix_rows = blocks[:, :, j].at[rows].get(mode="promise_in_bounds")  # [N, A // terms, B]
-        return parts[:, :, j, None] * widen(matrix_rows)
+        return parts[:, :, j, None] * widen(matrix_rows(j))
 
     return _add_up(functools.reduce(jnp.add, [term(j) for j in range(terms)]))
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from moejax.core.errors import check
+from moejax.kernels.in_stack import InStack, linear
+from moejax.kernels.rows import read_layer
 from moejax.layers.norm import rms_norm, unit_norm
 from moejax.layers.rope import RopeConfig, rotate
 
@@ -82,10 +84,10 @@ class AttentionConfig:
 class AttentionParams:
     """Weights of one attention layer; None where the config does not ask for them."""
 
-    w_q: jax.Array  # [D, H, Dh]
-    w_k: jax.Array  # [D, Hkv, Dh]
-    w_v: jax.Array  # [D, Hkv, Dh]
-    w_o: jax.Array  # [H, Dh, D]
+    w_q: jax.Array | InStack  # [D, H, Dh]
+    w_k: jax.Array | InStack  # [D, Hkv, Dh]
+    w_v: jax.Array | InStack  # [D, Hkv, Dh]
+    w_o: jax.Array | InStack  # [H, Dh, D]
     b_q: jax.Array | None = None  # [H, Dh]
     b_k: jax.Array | None = None  # [Hkv, Dh]
     b_v: jax.Array | None = None  # [Hkv, Dh]
@@ -124,13 +126,21 @@ def init_attention(
     )
 
 
+def read_attention(stacked: AttentionParams, layer: jax.Array) -> AttentionParams:
+    """The weights of one layer of a stack of them, the matrices left where they are."""
+    read = jax.tree.map(lambda leaf: read_layer(leaf, layer), stacked)
+    left = ("w_q", "w_k", "w_v", "w_o")
+    matrices = {name: InStack(stack=getattr(stacked, name), row=layer) for name in left}
+    return dataclasses.replace(read, **matrices)
+
+
 def project(
     params: AttentionParams, x: jax.Array, positions: jax.Array, cfg: AttentionConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotated queries [B, S, H, Dh], rotated keys and values [B, S, Hkv, Dh] of x [B, S, D]."""
-    q = _biased(jnp.einsum("bsd,dhe->bshe", x, params.w_q), params.b_q)
-    k = _biased(jnp.einsum("bsd,dhe->bshe", x, params.w_k), params.b_k)
-    v = _biased(jnp.einsum("bsd,dhe->bshe", x, params.w_v), params.b_v)
+    q = _biased(linear(x, params.w_q), params.b_q)
+    k = _biased(linear(x, params.w_k), params.b_k)
+    v = _biased(linear(x, params.w_v), params.b_v)
     if params.q_norm is not None and params.k_norm is not None:
         q, k = _normed(q, params.q_norm, cfg.norm_eps), _normed(k, params.k_norm, cfg.norm_eps)
     q, k = rotate(q, positions, cfg.rope), rotate(k, positions, cfg.rope)
@@ -167,8 +177,7 @@ def attend(
     probs = _softmax(scores, params.sinks).astype(v.dtype)
     # In this order of dims XLA:CPU moves rows of the values; for "bsgqe" it would transpose them.
     mixed = jnp.einsum("bgqsc,bcge->bgqse", probs, v).transpose(0, 3, 1, 2, 4)
-    mixed = mixed.reshape(batch, length, heads, dim)
-    return jnp.einsum("bshe,hed->bsd", mixed, params.w_o)
+    return linear(mixed.reshape(batch, length, heads, dim), params.w_o, 2)
 
 
 def _softmax(scores, sinks):

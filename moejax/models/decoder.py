@@ -20,7 +20,7 @@ from moejax.experts.gated import gated_mlp
 from moejax.experts.stage import Stage, resident
 from moejax.kernels.rows import read_layer
 from moejax.layers.attention import KVCache, cached_attention, self_attention
-from moejax.layers.gqa import AttentionParams
+from moejax.layers.gqa import AttentionParams, read_attention
 from moejax.layers.moe import moe
 from moejax.layers.norm import normalize
 from moejax.layers.parallel import ALONE, Parallel
@@ -141,13 +141,15 @@ def _run_equal(call, carry, group, layers, first, forced_idx):
     index = jnp.arange(group.num_layers, dtype=jnp.int32)
     forced_idx = forced_idx if group.moe else None
     steps = (layers, first[0] + index, first[1] + index, forced_idx)
-    return _scan(call, partial(_layer, call=call, group=group), carry, steps)
+    body = partial(_layer, call=call, group=group)
+    return _scan(call, body, carry, steps, innermost=True)
 
 
-def _scan(call, body, carry, steps):
+def _scan(call, body, carry, steps, *, innermost):
     """`lax.scan` over (weights, *rest), which with a cache reads weights as decoding wants it.
 
-    Without a cache there may be gradients, which a scan gathers step by step.
+    Without a cache there may be gradients, which a scan gathers step by step. Weights are those of
+    single layers in the `innermost` scan, of a repeat of several layers in the one around it.
     """
     if not call.cached:
         return jax.lax.scan(body, carry, steps)
@@ -155,11 +157,22 @@ def _scan(call, body, carry, steps):
 
     def read(carry, step):
         index, *rest = step
-        params = jax.tree.map(lambda stack: read_layer(stack, index), weights)
-        return body(carry, (params, *rest))
+        return body(carry, (_read(weights, index, innermost), *rest))
 
     (length,) = {leaf.shape[0] for leaf in jax.tree.leaves(weights)}
     return jax.lax.scan(read, carry, (jnp.arange(length, dtype=jnp.int32), *rest))
+
+
+def _read(weights, index, innermost):
+    """What lies at `index` of stacks of weights."""
+
+    def read(node):
+        if isinstance(node, AttentionParams):
+            return read_attention(node, index)
+        return read_layer(node, index)
+
+    whole = (lambda node: isinstance(node, AttentionParams)) if innermost else None
+    return jax.tree.map(read, weights, is_leaf=whole)
 
 
 def _run_cycle(call, carry, cycle, layers, first, forced_idx):
@@ -176,7 +189,7 @@ def _run_cycle(call, carry, cycle, layers, first, forced_idx):
         return _run_groups(call, carry, zip(cycle.groups, params, strict=True), at, forced)
 
     steps = (layers, jnp.arange(repeats, dtype=jnp.int32), forced_idx)
-    carry, traces = _scan(call, once, carry, steps)
+    carry, traces = _scan(call, once, carry, steps, innermost=False)
     return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), traces)
 
 

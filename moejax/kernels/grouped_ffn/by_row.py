@@ -1,7 +1,8 @@
 """The grouped gated MLP row by row, for few rows on CPU: every row reads its expert in place.
 
-Rows are taken eight at a time, whatever their groups, then one at a time; two rows of one expert
-read it twice, the second time from the cache of the processor.
+Rows are taken 32 at a time, whatever their groups, then eight, then one; two rows of one expert
+read it twice, the second time from the cache of the core, unless a block ends or another core
+begins between them: hence large blocks.
 
 Axis letters:
     M  rows      G  groups      R  rows of the weight stack      D  model dim      F  hidden dim
@@ -22,7 +23,7 @@ from moejax.kernels.vma import vary_together
 
 # With more rows than that experts have several each, and products of chunks are faster.
 MAX_ROWS = 64
-_BLOCK = 8
+_BLOCKS = (32, 8, 1)
 Rows = tuple[jax.Array, ...]
 
 
@@ -81,11 +82,11 @@ def _each_block(
 
         return body
 
-    size = min(_BLOCK, stack_row.shape[0])
-    full = (last - first) // size
-    rest = first + full * size
-    out = lax.fori_loop(0, full, block(size, first), out)
-    return lax.fori_loop(0, last - rest, block(1, rest), out)
+    for size in sorted({min(size, stack_row.shape[0]) for size in _BLOCKS}, reverse=True):
+        full = (last - first) // size
+        out = lax.fori_loop(0, full, block(size, first), out)
+        first = first + full * size
+    return out
 
 
 def _put(bits: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
