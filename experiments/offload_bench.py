@@ -91,7 +91,7 @@ def main() -> None:
     learned = None if FITTED.value is None else restore_predictor(FITTED.value)
     model = read_model(max(sizes))
     ahead = make_prediction(model, learned)
-    link = host_fetch_bytes_per_s(to_host(model.experts, model.mesh), experts=16)
+    link = host_fetch_bytes_per_s(to_host(model.experts, model.mesh))
     costs = planned[1] if planned else measure_costs(model.experts, model.cfg.moe.router.top_k)
     figures: dict[str, Any] = {
         "link_gb_per_s": link / 1e9,

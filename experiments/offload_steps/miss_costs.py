@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.timing import interleave
+from moejax.core.errors import check
 from moejax.core.mesh import make_mesh
 from moejax.core.structs import Routing
 from moejax.costmodel.miss import MissCosts
@@ -41,7 +41,7 @@ class Misses:
 
 
 def time_ways(misses: Misses, *, rounds: int) -> dict[str, float]:
-    """Median seconds per miss of each of `WAYS`, all layers' misses in one program.
+    """Least seconds per miss of each of `WAYS`, all layers' misses in one program.
 
     `resident` computes what the others miss: nothing is moved. In `columns` half of every expert is
     moved and the host computes the other half. No call finds anything in the cache: pass p wants
@@ -49,18 +49,25 @@ def time_ways(misses: Misses, *, rounds: int) -> dict[str, float]:
     """
     arms = {name: _arm(misses, name) for name in WAYS}
     seconds = interleave(arms, rounds=rounds)
-    return {name: statistics.median(times) / misses.count for name, times in seconds.items()}
+    return {name: min(times) / misses.count for name, times in seconds.items()}
 
 
 def fit_costs(by_rows: Mapping[int, Mapping[str, float]]) -> MissCosts:
     """Costs of one expert out of `time_ways` at few and at many rows.
 
     A transfer is what `fetch` takes beyond `resident`; the host's time at the fewest rows is that
-    of reading, and at the most rows divided by them that of a row.
+    of reading, and at the most rows divided by them that of a row. Raises `InputError` where
+    something else took so much of the machine that moving an expert seems to cost nothing.
     """
     few, many = min(by_rows), max(by_rows)
+    fetch, resident = by_rows[few]["fetch"], by_rows[few]["resident"]
+    check(
+        fetch > resident,
+        f"a fetched expert took {1e6 * fetch:.0f} us, a resident one {1e6 * resident:.0f}: the "
+        "machine is too busy to measure what a miss costs; run again",
+    )
     return MissCosts(
-        fetch_s=max(1e-9, by_rows[few]["fetch"] - by_rows[few]["resident"]),
+        fetch_s=fetch - resident,
         host_read_s=by_rows[few]["host"],
         host_row_s=by_rows[many]["host"] / many,
     )

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.offload_steps import miss_costs
+from moejax.core.errors import InputError
 from moejax.costmodel.miss import MissCosts
 
 
@@ -26,3 +28,9 @@ def test_costs_are_what_is_beyond_resident():
     }
     got = miss_costs.fit_costs(by_rows)
     assert got == MissCosts(fetch_s=3.0, host_read_s=2.0, host_row_s=0.5)
+
+
+def test_a_machine_too_busy_to_measure_says_so():
+    by_rows = {1: dict(resident=4.0, fetch=4.0, host=2.0), 32: dict(host=16.0)}
+    with pytest.raises(InputError, match="too busy"):
+        miss_costs.fit_costs(by_rows)
