@@ -60,6 +60,7 @@ def forward(
     cache: KVCache | None = None,
     mask: jax.Array | None = None,
     forced_idx: jax.Array | None = None,
+    logits_at: jax.Array | None = None,
     stage: Stage = resident,
     stage_state: Any = None,
     parallel: Parallel = ALONE,
@@ -72,6 +73,7 @@ def forward(
         mask: bool [B, S], False for padding on the right of each row. Padding is not routed, is
             seen by no other position and does not advance the cache.
         forced_idx: int32 [Lm, T, K], replays recorded routing.
+        logits_at: int32 [B], the one position of each row whose logits are wanted: S is 1 in them.
         stage, stage_state: see `moejax.experts.stage`.
         parallel: how arrays are split, when inside `shard_map`; metrics are those of all tokens.
 
@@ -97,6 +99,8 @@ def forward(
         assert k is not None and v is not None
         taken = jnp.full((batch,), length) if mask is None else mask.sum(1)
         cache = KVCache(k=k, v=v, length=start + taken.astype(jnp.int32))
+    if logits_at is not None:
+        x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
     return Output(
         logits=unembed(outer, x, cfg),
         cache=cache,

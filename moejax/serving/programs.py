@@ -157,14 +157,15 @@ class _Program:
 
     def prefill(self, params, experts, session, tokens, mask):
         """Runs the prompts; nothing is predicted, as a prompt wants nearly every expert."""
-        out, session = self._forward(params, self._stage(experts, None), session, tokens, mask)
+        # Logits of a whole prompt would be its largest array: positions times vocabulary.
+        last = jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
+        stage = self._stage(experts, None)
+        out, session = self._forward(params, stage, session, tokens, mask, last)
         if session.offload is not None:
             kept = _of_rank(session.offload.predictor)
             seen = see_prompt(kept, out.record.topk_idx, tokens, mask)
             session = _with_offload(session, predictor=_as_rank(seen))
-        last = jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
-        logits = jnp.take_along_axis(out.logits, last[:, None, None], axis=1)[:, 0]
-        return self._emit(session, logits, out.metrics)
+        return self._emit(session, out.logits[:, 0], out.metrics)
 
     def step(self, params, experts, predictor, session):
         scorer = None
@@ -188,10 +189,16 @@ class _Program:
         scorer = score_columns(scorer, parts)
         return by_columns(offloaded(experts, self.offload, scorer=scorer, axis=AXIS), parts)
 
-    def _forward(self, params, stage, session, tokens, mask):
-        state = _of_rank(session.offload)
+    def _forward(self, params, stage, session, tokens, mask, logits_at=None):
         out = forward(
-            params, tokens, self.cfg, cache=session.kv, mask=mask, stage=stage, stage_state=state
+            params,
+            tokens,
+            self.cfg,
+            cache=session.kv,
+            mask=mask,
+            logits_at=logits_at,
+            stage=stage,
+            stage_state=_of_rank(session.offload),
         )
         return out, dataclasses.replace(session, kv=out.cache, offload=_as_rank(out.stage_state))
 

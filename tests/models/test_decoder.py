@@ -182,6 +182,15 @@ def test_record_holds_what_the_gates_saw(params, full):
     np.testing.assert_array_equal(np.argsort(-want, axis=-1)[..., :K], record.topk_idx)
 
 
+def test_logits_of_one_position_per_row_are_made_alone(params, tokens, full):
+    at = jnp.asarray([2, 0], jnp.int32)
+    run = jax.jit(lambda p, t, at: forward(p, t, CFG, logits_at=at, stage=reference).logits)
+    logits = run(params, tokens, at)
+    np.testing.assert_allclose(logits[:, 0], full.logits[jnp.arange(B), at], atol=2e-5)
+    text = run.lower(params, tokens, at).compile().as_text()
+    assert f"f32[{B},1,{V}]" in text and f"f32[{B},{S},{V}]" not in text
+
+
 def test_a_record_that_is_not_used_costs_nothing(params, tokens):
     def compiled(pick):
         run = jax.jit(lambda p, t: pick(forward(p, t, CFG, stage=reference)))
