@@ -16,6 +16,8 @@ from moejax.offload.precision import TwoPrecisions
 from moejax.offload.source import Store
 from moejax.offload.store import expert_bytes, flatten
 
+_MOST_BYTES = 2**28  # of the device, to measure with
+
 
 def best_seconds(run: Callable[[], Any], repeats: int) -> float:
     """The shortest of so many timed calls of `run`, after one that compiles."""
@@ -43,10 +45,11 @@ def host_fetch_bytes_per_s(store: GatedWeights, experts: int = 64, repeats: int 
     The same slices that the offloaded step issues, `experts` of them in one program, into a
     donated buffer. Every call fetches others, as a step does: a processor keeps what it has just
     copied in its cache, and copies it twice as fast again. `store` has leaves [L, E, ...] in
-    `pinned_host`.
+    `pinned_host`. Fewer than `experts` where they would take more than 256 MiB of the device, but
+    one.
     """
     order = np.random.default_rng(0).permutation(store.w_gate.shape[0] * store.w_gate.shape[1])
-    experts = min(experts, len(order))
+    experts = max(1, min(experts, len(order), _MOST_BYTES // expert_bytes(store)))
     rows = jax.tree.map(lambda leaf: jnp.zeros((experts, *leaf.shape[2:]), leaf.dtype), store)
 
     def fill(store, rows, ids):
