@@ -110,21 +110,20 @@ def absorb(
         absent = cache.table.slot_of[jnp.maximum(landing.granule, 0)] < 0
         # Wrong predictions are most of what lands: no slot is looked for on their behalf.
         asks = (ours & absent & (wanted[local] | admission)).astype(jnp.int32)
-        used, _ = vary_together(jnp.int32(0), asks)
+        nothing, used, _ = vary_together(jnp.int32(0), jnp.int32(0), asks)
         for lane, expert in enumerate(landing.experts):
+            granule, table = landing.granule[lane], cache.table
 
-            def enter(_, carry, lane=lane, expert=expert):
-                (cache, used), granule = carry, landing.granule[lane]
-                slot, is_free = choose_slot(cache.table, layer, policy, keep)
-                takes = is_free
+            def search(_, carry, lane=lane, granule=granule, table=table):
+                slot, takes = choose_slot(table, layer, policy, keep)
                 if admission:
-                    takes &= wanted[local[lane]] | is_worth_slot(cache.table, slot, granule)
-                takes = takes.astype(jnp.int32)
-                put = partial(_put, slot=slot, granule=granule, expert=expert)
-                return jax.lax.fori_loop(0, takes, put, cache), used + takes
+                    takes &= wanted[local[lane]] | is_worth_slot(table, slot, granule)
+                return slot, takes.astype(jnp.int32)
 
             # Loops of at most one trip: with conds, XLA:CPU copies the cache.
-            cache, used = jax.lax.fori_loop(0, asks[lane], enter, (cache, used))
+            slot, takes = jax.lax.fori_loop(0, asks[lane], search, (nothing, nothing))
+            put = partial(_put, slot=slot, granule=granule, expert=expert)
+            cache, used = jax.lax.fori_loop(0, takes, put, cache), used + takes
     return cache, used
 
 
